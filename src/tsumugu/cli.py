@@ -1,0 +1,228 @@
+"""The command line: parse, call a stage, print. Nothing heavy is imported before a stage needs it.
+
+Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong (one line), 3 interrupted after a checkpoint.
+"""
+
+import argparse
+import errno
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tsumugu import __version__
+from tsumugu.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    try:
+        options, flags = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        return options.run(options, flags)
+    except UserError as error:
+        return _refuse(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            where = f" ({error.filename})" if error.filename else ""
+            return _refuse(f"{error.strerror}{where}")
+        raise
+    except KeyboardInterrupt:
+        return 130
+
+
+def _refuse(message: str) -> int:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # where the first process failed too, its line is enough: torchrun ends this one meanwhile
+    print(f"tsumugu: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors: one line, exit 2."""
+
+    def error(self, message: str):
+        raise UserError(message, f"see `{self.prog} --help`")
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _Parser(prog="tsumugu", description="Japanese language models, from raw text to a Hugging Face model.")
+    parser.add_argument("--version", action="version", version=f"tsumugu {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(group, name: str, run, help: str, **kwargs) -> argparse.ArgumentParser:
+        added = group.add_parser(name, help=help, description=help, allow_abbrev=False, **kwargs)
+        added.set_defaults(run=run)
+        return added
+
+    quickstart = command(commands, "quickstart", _quickstart, "the whole way on the built-in corpus, or on your own")
+    quickstart.add_argument("--work-dir", default="quickstart", help="folder for everything (default: quickstart)")
+    quickstart.add_argument("--input", nargs="+", metavar="PATH", help="your own text in place of the built-in corpus")
+    quickstart.add_argument("--text", default="text", metavar="COLUMN", help="its text column (default: text)")
+    quickstart.add_argument("--vocab-size", type=int, metavar="N", help="default: by the size of the corpus")
+    quickstart.add_argument("--yes", action="store_true", help="do not ask before the long part")
+
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer")
+    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    train_tokenizer = command(actions, "train", _train_tokenizer, "train a SentencePiece unigram tokenizer")
+    train_tokenizer.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
+    train_tokenizer.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
+    train_tokenizer.add_argument("--output", required=True, metavar="DIR")
+    train_tokenizer.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="default: 32000")
+    train_tokenizer.add_argument(
+        "--sample-bytes", type=float, default=2e9, metavar="N", help="train on a random sample of so much (default: 2e9)"
+    )
+    train_tokenizer.add_argument("--reserved", type=int, default=100, metavar="N", help="spare ids (default: 100)")
+
+    prepare = command(
+        commands, "prepare", _prepare, "corpus or instructions → token store", epilog="Any --prepare.KEY VALUE is taken."
+    )
+    prepare.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
+    prepare.add_argument("--output", metavar="DIR", help="in place of prepare.output")
+    prepare.add_argument("--verify", action="store_true", help="compare a finished store with its hashes")
+    prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
+
+    train = command(
+        commands,
+        "train",
+        _train,
+        "train in this process, or under torchrun unchanged",
+        epilog="Any --SECTION.KEY VALUE of the configuration is taken, such as --train.max_steps 10.",
+    )
+    _add_train_arguments(train)
+
+    launch = commands.add_parser("launch", help="start training in several processes")
+    targets = launch.add_subparsers(dest="target", required=True, metavar="TARGET", parser_class=_Parser)
+    local = command(targets, "local", _launch_local, "torchrun on this machine, one process a GPU")
+    _add_train_arguments(local)
+    local.add_argument("--processes", type=int, metavar="N", help="default: one a GPU")
+
+    export = command(commands, "export", _export, "run → Hugging Face folder")
+    export.add_argument("source", metavar="RUN", help="a run folder, or RUN@STEP")
+    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
+    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+
+    generate = command(commands, "generate", _generate, "continue or answer a prompt")
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
+    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate.add_argument("--input", default="", metavar="TEXT", help="the input that the instruction is about")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    generate.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
+
+    options, flags = parser.parse_known_args(arguments)
+    if flags and options.run not in (_prepare, _train, _launch_local):
+        raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
+    return options, flags
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
+    parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
+    parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
+
+
+class _Keys(argparse.Action):
+    """Prints the keys of a configuration with their meaning, types and defaults."""
+
+    def __init__(self, *args, config_class: str, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+        self.config_class = config_class
+
+    def __call__(self, *_):
+        from tsumugu import config
+
+        print(config.parser(getattr(config, self.config_class)).format_help())
+        sys.exit(0)
+
+
+def _quickstart(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.quickstart import quickstart
+
+    return quickstart(
+        Path(options.work_dir), options.input, options.text, vocab_size=options.vocab_size, ask=not options.yes
+    )
+
+
+def _train_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.data import corpus
+    from tsumugu.tokenizer.train import train_tokenizer
+
+    pieces = corpus.plan(corpus.find_files(options.input))
+    report = train_tokenizer(
+        lambda: corpus.texts(pieces, options.text),
+        Path(options.output),
+        vocab_size=options.vocab_size,
+        sample_bytes=int(options.sample_bytes),
+        reserved=options.reserved,
+    )
+    print(
+        f"{options.output}: {report.vocab_size} ids from {report.sampled_bytes:,} of {report.bytes:,} bytes in "
+        f"{report.documents:,} documents; skipped {report.skipped_bytes:,} bytes"
+    )
+    return 0
+
+
+def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.data.prepare import describe, prepare
+    from tsumugu.data.store import verify
+
+    if options.output:
+        flags = [*flags, f"--prepare.output={options.output}"]
+    preparation = config.load(config.Preparation, options.config, flags)
+    output = preparation.prepare.output
+    if options.verify:
+        verify(Path(output))
+        print(f"{output}: every file is what was written")
+        return 0
+    manifest = prepare(preparation.prepare)
+    print(f"{output}: {'already done: ' if manifest.get('already_done') else ''}{describe(manifest)}")
+    return 0
+
+
+def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.training.trainer import train
+
+    run_dir = _run_dir(options)
+    outcome = train(config.load(config.TrainingRun, options.config, flags), run_dir)
+    if os.environ.get("RANK", "0") == "0":
+        if outcome.already_done:
+            print(f"{run_dir}: already done, {outcome.step} steps")
+        elif outcome.interrupted:
+            print(f"{run_dir}: interrupted, checkpoint saved at step {outcome.step} of {outcome.max_steps}")
+        else:
+            print(f"{run_dir}: done, {outcome.step} steps")
+    return 3 if outcome.interrupted else 0
+
+
+def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.launch.local import launch
+
+    config.load(config.TrainingRun, options.config, flags)  # what is wrong with it is said once, and before the start
+    files = [f"--config={file}" for file in options.config]
+    return launch(["train", *files, f"--run-dir={_run_dir(options)}", *flags], options.processes)
+
+
+def _run_dir(options: argparse.Namespace) -> Path:
+    return Path(options.run_dir or f"runs/{Path(options.config[-1]).stem}")
+
+
+def _export(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.export import export
+
+    made = export(options.source, Path(options.output), options.step, options.dtype)
+    print(f"{options.output}: {'done' if made else 'already done'}")
+    return 0
+
+
+def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.generate import Generator
+
+    reply, _ = Generator(Path(options.model), options.template).generate(
+        options.prompt, options.input, options.max_new_tokens
+    )
+    print(reply)
+    return 0

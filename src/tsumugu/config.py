@@ -1,0 +1,391 @@
+"""Every option of tsumugu: frozen dataclasses, what makes them valid, and how files and flags become them.
+
+A configuration is one or more YAML files and, on top of them, flags such as `--train.max_steps 10`. Unknown keys, wrong
+types and values that contradict each other are refused here, before anything is read or computed.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tsumugu.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One corpus."""
+
+    name: str
+    """Name of the source, in manifests and figures."""
+    path: str | list[str]
+    """Files, folders or globs: .txt (a document a file), .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    kind: Literal["text", "instructions"] = "text"
+    """text: documents. instructions: records of instruction, input and output."""
+    text: str = "text"
+    """The column that holds the text."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """For instructions: our field name (instruction, input, output) to the column's name, where it differs."""
+    validation_share: float | None = None
+    """Share of this source's documents held out for validation; default: prepare.validation_share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """From text to a token store."""
+
+    sources: list[Source]
+    """The corpora, all of one kind."""
+    tokenizer: str
+    """Folder made by `tsumugu tokenizer train`."""
+    output: str
+    """Folder for the token store."""
+    validation_share: float = 0.05
+    """Share of documents held out for validation, chosen by the hash of the document."""
+    add_bos: bool | None = None
+    """Store a beginning-of-text token before every document; default: as the tokenizer itself does."""
+    add_eos: bool | None = None
+    """Store an end-of-text token after every document; default: as the tokenizer itself does."""
+    template: str = "alpaca-ja"
+    """For instructions: the prompt template (alpaca-ja, alpaca-en)."""
+    train_on: Literal["responses", "everything"] = "responses"
+    """For instructions: which tokens are supervised."""
+    max_length: int | None = None
+    """For instructions: longest example in tokens; longer ones are dropped and counted."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+
+    def __post_init__(self):
+        if not self.sources:
+            raise UserError("prepare.sources is empty", "name at least one corpus")
+        if len({source.kind for source in self.sources}) > 1:
+            raise UserError("prepare.sources mixes text and instructions", "make a store of each")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise UserError(f"prepare.sources has the same name twice: {', '.join(names)}", "name each source")
+        _require_share("prepare.validation_share", self.validation_share)
+        for index, source in enumerate(self.sources):
+            if source.validation_share is not None:
+                _require_share(f"prepare.sources[{index}].validation_share", source.validation_share)
+        if self.kind == "instructions" and self.add_eos is not None:
+            raise UserError(
+                "prepare.add_eos is set for instructions",
+                "remove it: the end-of-text token always follows the response, supervised",
+            )
+        _require_positive("prepare.max_length", self.max_length)
+        _require_positive("prepare.workers", self.workers)
+
+    @property
+    def kind(self) -> Literal["text", "instructions"]:
+        return self.sources[0].kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the model comes from: one of preset, pretrained, config (or train.start_from)."""
+
+    preset: str | None = None
+    """A named shape, initialised from train.seed: tiny, 1b, 3.6b, 6b, 7b, 13b, 20b, llama-1b, ..., qwen3-1.7b."""
+    pretrained: str | None = None
+    """A Hugging Face folder or hub name to start from, with its weights."""
+    config: str | None = None
+    """A Hugging Face config.json, or a folder that holds one, initialised from train.seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """The tokenizer that the model was made with."""
+
+    path: str | None = None
+    """Folder whose contract must equal the store's; default: model.pretrained, where it has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how rows are made of it."""
+
+    store: str
+    """The token store made by `tsumugu prepare`."""
+    sequence_length: int = 2048
+    """Inputs a row; a row reads one token more."""
+    packing: Literal["concatenate", "pad_left"] = "concatenate"
+    """concatenate: fixed blocks over document boundaries. pad_left: a document a row, padded on the left."""
+
+    def __post_init__(self):
+        _require_positive("data.sequence_length", self.sequence_length)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, in what batches, and from where."""
+
+    max_steps: int | None = None
+    """Length of the run in optimizer steps (one of max_steps, max_tokens, max_epochs)."""
+    max_tokens: int | None = None
+    """Length of the run in tokens (rows × sequence length), rounded up to whole steps."""
+    max_epochs: float | None = None
+    """Length of the run in passes over the training rows; the last step may hold fewer rows."""
+    global_batch_size: int = 32
+    """Rows an optimizer step, over all devices."""
+    micro_batch_size: int = 1
+    """Rows a forward pass on one device; gradient accumulation follows from it."""
+    seed: int = 1234
+    """Seed of the initial weights, of the order of the data and of dropout."""
+    start_from: str | None = None
+    """RUN or RUN@STEP: start from the weights of that run's newest (or that) checkpoint, with a new optimizer."""
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None
+    """Compute dtype; default: bfloat16 on GPUs, float32 on CPUs. Masters and moments are float32 (float64: tests)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    log_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside metrics.jsonl; used where they are installed."""
+
+    def __post_init__(self):
+        given = [name for name in ("max_steps", "max_tokens", "max_epochs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = "none of" if not given else "more than one of"
+            raise UserError(f"{what} train.max_steps, train.max_tokens, train.max_epochs is set", "set exactly one")
+        for name in (*given, "global_batch_size", "micro_batch_size", "log_every"):
+            _require_positive(f"train.{name}", getattr(self, name))
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"train.seed is {self.seed}", "use an integer from 0 to 2^63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; biases and norms have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self):
+        for name in ("learning_rate", "epsilon", "max_grad_norm"):
+            _require_positive(f"optimizer.{name}", getattr(self, name))
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay is {self.weight_decay}", "use 0 or more")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}", "use a number from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps; every kind ends exactly at min_learning_rate (constant: at the peak)."""
+
+    kind: Literal["constant", "linear", "cosine", "exponential", "wsd"] = "cosine"
+    """wsd: warmup, a plateau, then a decay over the last decay_steps."""
+    warmup_steps: int = 0
+    """Steps of linear warmup."""
+    decay_steps: int | None = None
+    """wsd only: steps of the final decay; default: a fifth of the run."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """wsd only: shape of the final decay."""
+    min_learning_rate: float = 0.0
+    """The learning rate of the last step."""
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise UserError(f"schedule.warmup_steps is {self.warmup_steps}", "use 0 or more")
+        _require_positive("schedule.decay_steps", self.decay_steps)
+        if self.decay_steps is not None and self.kind != "wsd":
+            raise UserError(f"schedule.decay_steps is set for kind {self.kind}", "remove it, or use kind wsd")
+        if self.min_learning_rate < 0:
+            raise UserError(f"schedule.min_learning_rate is {self.min_learning_rate}", "use 0 or more")
+        if self.kind == "exponential" and self.min_learning_rate == 0:
+            raise UserError("schedule.kind exponential never reaches 0", "set schedule.min_learning_rate above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees of the device mesh."""
+
+    shard_degree: int | None = None
+    """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
+    replicate_degree: int | None = None
+    """Replicas of that group; default: world size / shard_degree."""
+
+    def __post_init__(self):
+        _require_positive("parallel.shard_degree", self.shard_degree)
+        _require_positive("parallel.replicate_degree", self.replicate_degree)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: int | None = None
+    """Steps between checkpoints; one is always written after the last step."""
+    keep: int = 2
+    """Newest checkpoints that stay."""
+
+    def __post_init__(self):
+        _require_positive("checkpoint.every", self.every)
+        _require_positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Validation during training."""
+
+    every: int | None = None
+    """Steps between validations; one is always done before the first and after the last step."""
+    batches: int | None = None
+    """Global batches a validation; default: the whole validation split."""
+
+    def __post_init__(self):
+        _require_positive("evaluate.every", self.every)
+        _require_positive("evaluate.batches", self.batches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """Configuration of `tsumugu prepare`."""
+
+    prepare: PrepareConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Configuration of `tsumugu train`."""
+
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+
+    def __post_init__(self):
+        given = [name for name in ("preset", "pretrained", "config") if getattr(self.model, name) is not None]
+        if self.train.start_from is not None:
+            given.append("train.start_from")
+        if len(given) != 1:
+            found = " and ".join(given) if given else "nothing"
+            raise UserError(
+                f"the model must come from one place, but {found} is set",
+                "set one of model.preset, model.pretrained, model.config, train.start_from",
+            )
+        if self.schedule.min_learning_rate > self.optimizer.learning_rate:
+            raise UserError("schedule.min_learning_rate is above optimizer.learning_rate", "lower it")
+
+
+def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+    """The configuration of class `config_class` from YAML files, later ones and then flags winning.
+
+    Args:
+        config_class: `Preparation` or `TrainingRun`.
+        files: YAML files; a list in a later file replaces the earlier list whole.
+        flags: `--section.key value` strings.
+
+    Raises:
+        UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value.
+    """
+    for file in files:
+        _check_keys(_read_yaml(file), config_class, file)
+    _check_flags(flags, config_class)
+    configuration_parser = parser(config_class)
+    try:
+        namespace = configuration_parser.parse_args([f"--config={file}" for file in files] + list(flags))
+        sections = configuration_parser.instantiate(namespace)
+        return config_class(**{f.name: sections[f.name] for f in dataclasses.fields(config_class)})
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse: ArgumentError, TypeError or ValueError, by the kind of mistake
+        raise UserError(f"{', '.join(files)}: {' '.join(str(error).split())}", "see `--help` for the keys") from None
+
+
+def parser(config_class: type):
+    """The jsonargparse parser of one configuration class (imported here: `tsumugu --help` does without it)."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    result = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
+    result.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
+    for section in dataclasses.fields(config_class):
+        result.add_class_arguments(typing.get_type_hints(config_class)[section.name], section.name)
+    return result
+
+
+def write(config: Any, path: Path) -> None:
+    """Writes the resolved configuration, every default included, as YAML that `load` reads."""
+    text = yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_yaml(file: str) -> dict:
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file", "give the path of a configuration file") from None
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a folder", "give the path of a configuration file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f"{file}:{place.line + 1}" if place else file
+        raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no configuration", "write sections such as `train:` with keys below them")
+    return content
+
+
+def _check_keys(content: Any, config_class: type, file: str, prefix: str = "") -> None:
+    """Refuses keys that no dataclass has, naming file, key (list items by index) and the nearest key."""
+    if not isinstance(content, dict):
+        return  # a wrong type, which jsonargparse reports
+    hints = typing.get_type_hints(config_class)
+    for key, value in content.items():
+        if key not in hints:
+            raise UserError(f"{file}: unknown key {prefix}{key}", _nearest(str(key), list(hints), prefix))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            _check_keys(value, hint, file, f"{prefix}{key}.")
+        elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            for index, item in enumerate(value if isinstance(value, list) else []):
+                _check_keys(item, typing.get_args(hint)[0], file, f"{prefix}{key}[{index}].")
+
+
+def _check_flags(flags: Sequence[str], config_class: type) -> None:
+    keys = [
+        f"{section}.{key.name}"
+        for section, section_class in typing.get_type_hints(config_class).items()
+        for key in dataclasses.fields(section_class)
+    ]
+    for flag in flags:
+        name = flag.split("=")[0].removeprefix("--").removesuffix("+")
+        if flag.startswith("--") and name not in keys:
+            raise UserError(f"unknown flag --{name}", _nearest(name, keys, "--"))
+
+
+def _nearest(key: str, keys: list[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(sorted(keys))}"
+
+
+def _require_positive(key: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise UserError(f"{key} is {value}", "use a number above 0")
+
+
+def _require_share(key: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"{key} is {value}", "use a share from 0 to below 1")

@@ -1,0 +1,1 @@
+"""From text to token stores, and from token stores to batches."""

@@ -1,0 +1,115 @@
+"""From a split of a store to rows of inputs and labels.
+
+A row of T inputs reads T + 1 tokens; labels are shifted here, once, and nowhere else: `labels[t]` is the token after
+`inputs[t]`, or IGNORE_INDEX where that token is not supervised, or padding.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tsumugu.data.store import Split
+from tsumugu.errors import UserError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """inputs (tokens,), labels (tokens,): one row before padding."""
+
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids_BT, labels_BT, and for padded rows attention_mask_BT (1 = a token) with position_ids_BT.
+
+    `lengths` are the inputs of every row without padding, 0 for an empty one.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: list[int]
+    attention_mask: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+
+
+class Concatenated:
+    """Fixed blocks of the token stream, over document boundaries. The last block may be shorter."""
+
+    def __init__(self, split: Split, sequence_length: int, pad_id: int):
+        self.split = split
+        self.sequence_length = sequence_length
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        """Rows an epoch; every token but the first is a label exactly once."""
+        return max(0, -(-(self.split.tokens - 1) // self.sequence_length))
+
+    def row(self, index: int) -> Row:
+        start = index * self.sequence_length
+        ids, mask = self.split.read(start, min(start + self.sequence_length + 1, self.split.tokens))
+        return _shift(ids, mask)
+
+    def collate(self, rows: list[Row | None]) -> Batch:
+        """Rows (None = an empty one) as a batch; short rows are filled on the right, which causality makes harmless."""
+        shape = (len(rows), self.sequence_length)
+        inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
+        for filled, row in enumerate(rows):
+            if row is not None:
+                inputs[filled, : len(row.inputs)] = row.inputs
+                labels[filled, : len(row.labels)] = row.labels
+        return Batch(inputs, labels, _lengths(rows))
+
+
+class LeftPadded:
+    """A document a row, padded on the left to the longest of the batch; what is padding is known from the lengths.
+
+    Raises:
+        UserError: A document is longer than a row: cutting it would cut its stop token off.
+    """
+
+    def __init__(self, split: Split, sequence_length: int, pad_id: int):
+        longest = max((int(np.diff(shard.starts).max()) for shard in split.shards), default=0)
+        if longest > sequence_length + 1:
+            raise UserError(
+                f"the store's longest example has {longest} tokens, data.sequence_length is {sequence_length}",
+                f"set data.sequence_length to {longest - 1}, or prepare with prepare.max_length {sequence_length + 1}",
+            )
+        self.split = split
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return self.split.documents
+
+    def row(self, index: int) -> Row:
+        return _shift(*self.split.document(index))
+
+    def collate(self, rows: list[Row | None]) -> Batch:
+        """Rows (None = an empty one) as a batch."""
+        width = max((len(row.inputs) for row in rows if row is not None), default=1)
+        shape = (len(rows), width)
+        inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
+        # an empty row attends to itself: a row that attends to nothing has no defined softmax
+        attention = np.ones(shape, dtype=np.int64)
+        for filled, row in enumerate(rows):
+            if row is not None:
+                padding = width - len(row.inputs)
+                inputs[filled, padding:] = row.inputs
+                labels[filled, padding:] = row.labels
+                attention[filled, :padding] = 0
+        positions = np.maximum(attention.cumsum(axis=1) - 1, 0)
+        return Batch(inputs, labels, _lengths(rows), attention, positions)
+
+
+PACKINGS = {"concatenate": Concatenated, "pad_left": LeftPadded}
+
+
+def _shift(ids: np.ndarray, mask: np.ndarray) -> Row:
+    return Row(ids[:-1], np.where(mask[1:], ids[1:], IGNORE_INDEX))
+
+
+def _lengths(rows: list[Row | None]) -> list[int]:
+    return [0 if row is None else len(row.inputs) for row in rows]

@@ -1,0 +1,1 @@
+"""Processes, the device mesh, and how the model is laid over it."""

@@ -1,0 +1,54 @@
+"""Which process this is among how many, on which device: torchrun's environment, or one process alone.
+
+A process group always exists, also with one process, so that there is one code path.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Environment:
+    """rank of world_size processes, local_rank on this host, and the device that this process computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[Environment]:
+    """Joins the process group that the launcher describes, and leaves it at the end.
+
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is the only process.
+    A group that exists already is used as it is.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    joined_here = not dist.is_initialized()
+    if joined_here:
+        if world_size > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Environment(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    finally:
+        if joined_here:
+            dist.destroy_process_group()

@@ -1,0 +1,176 @@
+"""From a run to a Hugging Face folder: what `save_pretrained` would write, without ever holding the whole model.
+
+transformers 4 reads it too: transformers 5 alone writes only `rope_parameters`, which 4.57 ignores silently, so the
+older names are written beside them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from tsumugu.data.instructions import find_template
+from tsumugu.errors import UserError
+from tsumugu.model import build
+from tsumugu.tokenizer.contract import read_contract
+from tsumugu.training import checkpoint
+
+ORIGIN = "tsumugu.json"
+MAX_FILE_BYTES = 5 * 10**9
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat16") -> bool:
+    """Writes the model of a checkpoint as a Hugging Face folder.
+
+    Args:
+        run: RUN or RUN@STEP.
+        output: The folder to make; it appears when it is whole.
+        step: The same as @STEP.
+        dtype: bfloat16, float16, float32 or float64.
+
+    Returns:
+        False where `output` already is this export.
+
+    Raises:
+        UserError: No such checkpoint, a damaged one, or an output folder that holds something else.
+    """
+    run_dir, step = checkpoint.resolve(f"{run}@{step}" if step is not None else run)
+    path = checkpoint.folder(run_dir, step)
+    marker = json.loads((path / checkpoint.COMPLETE).read_text(encoding="utf-8"))
+    state = checkpoint.read_state(run_dir, step)
+    origin = {
+        "step": step,
+        "dtype": dtype,
+        "checkpoint": {name: entry["sha256"] for name, entry in marker.items()},
+        "tokenizer": read_contract(run_dir / "tokenizer").fingerprint,
+        "template": state["template"],
+        "add_bos": state["add_bos"],
+    }
+    if output.exists():
+        if (output / ORIGIN).exists() and json.loads((output / ORIGIN).read_text(encoding="utf-8")) == origin:
+            return False
+        raise UserError(f"{output} exists already", "choose another --output, or delete it")
+    checkpoint.check(path)
+
+    temporary = output.with_name(f".{output.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(run_dir / "tokenizer", temporary)
+    config = build.read_config(str(run_dir / "model"))
+    model = build.meta_model(config, _DTYPES[dtype])
+    _write_weights(model, path, temporary)
+    _write_config(model, config, dtype, temporary)
+    _write_generation_config(config, temporary)
+    if state["template"]:
+        chat_template = find_template(state["template"]).chat_template()
+        (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
+    (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+    temporary.rename(output)
+    return True
+
+
+def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
+    """Weights file by file: each holds whole decoder layers, so that what transformers merges on disk stays together."""
+    groups = _file_groups(model)
+    shapes = model.state_dict()
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    weight_map, total_size = {}, 0
+    for number, names in enumerate(groups, start=1):
+        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {
+            name: torch.empty(shapes[name].shape, dtype=stored[f"model.{name}"].properties.dtype) for name in names
+        }
+        dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)
+        on_disk = build.disk_names(model, {name: tensor.to(model.dtype) for name, tensor in tensors.items()})
+        save_file({name: tensor.contiguous() for name, tensor in on_disk.items()}, output / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(on_disk, file)
+        total_size += sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _file_groups(model: PreTrainedModel) -> list[list[str]]:
+    """Names in memory, by output file: no file over MAX_FILE_BYTES, no decoder layer in two files."""
+    layer_of = {
+        f"{prefix}.{name}": prefix
+        for prefix, module in model.named_modules()
+        if module in set(build.decoder_layers(model))
+        for name, _ in module.named_parameters()
+    }
+    units: dict[str, list[str]] = {}
+    state_dict = model.state_dict()
+    for name in state_dict:
+        if name not in build.tied_names(model):
+            units.setdefault(layer_of.get(name, name), []).append(name)
+    groups: list[list[str]] = [[]]
+    size = 0
+    for names in units.values():
+        unit_size = sum(state_dict[name].numel() * state_dict[name].element_size() for name in names)
+        if groups[-1] and size + unit_size > MAX_FILE_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1] += names
+        size += unit_size
+    return groups
+
+
+def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, output: Path) -> None:
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(output)
+    file = output / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["torch_dtype"] = dtype
+    rope = content.get("rope_parameters")
+    if rope:
+        content["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            content["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if config.model_type == "gpt_neox":
+            content["rotary_emb_base"] = rope["rope_theta"]
+            content["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
+    file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def _write_generation_config(config: PretrainedConfig, output: Path) -> None:
+    """Stops at eos; ids that stand for no text (reserved ones, padding of the vocabulary) are never generated."""
+    contract = read_contract(output)
+    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0} - {contract.eos_id}
+    never = sorted(textless | set(range(contract.vocab_size, config.vocab_size)))
+    GenerationConfig(
+        bos_token_id=contract.bos_id,
+        eos_token_id=contract.eos_id,
+        pad_token_id=contract.pad_id,
+        suppress_tokens=never or None,
+    ).save_pretrained(output)
+
+
+def _model_card(model: PreTrainedModel, origin: dict) -> str:
+    parameters = sum(p.numel() for p in model.parameters())
+    template = f"\n- Prompt template / プロンプト: `{origin['template']}`" if origin["template"] else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {type(model).__name__}
+
+Trained with tsumugu. / tsumugu で学習したモデルです。
+
+- Parameters / パラメータ数: {parameters:,}
+- Step / ステップ: {origin["step"]}
+- dtype: {origin["dtype"]}{template}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+model = AutoModelForCausalLM.from_pretrained("this-folder")
+```
+"""

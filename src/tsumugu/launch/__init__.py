@@ -1,0 +1,1 @@
+"""Ways to start training: processes on this machine."""

@@ -1,0 +1,1 @@
+"""The Hugging Face module as the model: shapes, building, loading."""

@@ -1,0 +1,244 @@
+"""The Hugging Face module on the mesh: built on the meta device, sharded, then initialised or loaded in place.
+
+No process ever holds the whole model. Everything that leans on transformers' internals is in this file, and is tested
+with the oldest and the newest transformers that the package allows.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+
+from tsumugu.distributed.parallelize import shard
+from tsumugu.errors import UserError
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration in a Hugging Face folder, a config.json, or on the hub."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no model configuration at {path}: {reason}", "give a folder with a config.json") from None
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a configuration on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def build_model(
+    config: PretrainedConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    master_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    fill: Callable[[PreTrainedModel, list], None],
+) -> PreTrainedModel:
+    """A sharded model whose parameters `fill` sets.
+
+    Args:
+        config: What to build.
+        mesh: Axes (replicate, shard).
+        device: Where this process's shards live.
+        master_dtype: dtype of the parameters.
+        compute_dtype: dtype in which they are gathered and used.
+        fill: `initialised(seed)`, `pretrained(folder)`, or a function that loads a checkpoint; it is given the model and
+            transformers' conversion mapping, taken before sharding renames the classes by which it is found.
+    """
+    model = meta_model(config, master_dtype)
+    mapping = get_model_conversion_mapping(model)
+    shard(model, decoder_layers(model), mesh, compute_dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    fill(model, mapping)
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers names as not to be split: the decoder layers."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model by transformers' own initialisation, as a function of the seed alone: equal for every mesh."""
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        with _WholeDraws(seed):
+            _run_init_weights(model)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                _zero_row(module.weight, module.padding_idx)
+
+    return fill
+
+
+def pretrained(folder: Path) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model from the weights of a Hugging Face folder, each process reading its own slices.
+
+    The filling raises UserError where weights are missing, unexpected or of another shape.
+    """
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        rebuild_buffers(model)
+        with _weights(folder) as state_dict, _quiet():
+            load_config = LoadStateDictConfig(
+                device_map={"": next(model.parameters()).device}, weight_mapping=mapping, dtype=model.dtype
+            )
+            report, _ = convert_and_load_state_dict_in_model(model, state_dict, load_config)
+        model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+        model._adjust_missing_and_unexpected_keys(report)
+        faults = {
+            "missing": report.missing_keys,
+            "unexpected": report.unexpected_keys,
+            "of another shape": {key for key, *_ in report.mismatched_keys},
+            "not convertible": set(report.conversion_errors),
+        }
+        for fault, keys in faults.items():
+            if keys:
+                shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
+
+    return fill
+
+
+def find_pretrained(name: str) -> Path:
+    """The local folder of a model: the folder itself, or a snapshot of the hub's."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.pretrained {name}: no such folder, nor on the hub: {reason}", "check it") from None
+
+
+def disk_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict in memory's names as transformers' `save_pretrained` would write it."""
+    return revert_weight_conversion(model, state_dict)
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of parameters that are another parameter under a second name, and are not saved."""
+    return set(model.all_tied_weights_keys)
+
+
+def rebuild_buffers(model: PreTrainedModel) -> None:
+    """Recomputes the buffers that no checkpoint holds, such as rotary frequencies; parameters stay as they are."""
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    _run_init_weights(model)
+
+
+def _run_init_weights(model: PreTrainedModel) -> None:
+    model.init_weights()
+    for module in model.modules():  # so that it can be run again
+        module.__dict__.pop("_is_hf_initialized", None)
+
+
+class _WholeDraws(TorchDispatchMode):
+    """Draws every random tensor whole, from one generator, and keeps this process's slice.
+
+    A DTensor on CPUs draws each shard from the same seed, so that the shards of a matrix would be identical.
+    """
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.seed = seed
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return func(*args, **kwargs)
+        tensor = args[0]
+        generator = self.generators.get(tensor.device)
+        if generator is None:
+            generator = self.generators[tensor.device] = torch.Generator(tensor.device).manual_seed(self.seed)
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        func(whole, *args[1:], **{**kwargs, "generator": generator})
+        if isinstance(tensor, DTensor):
+            sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.to_local().copy_(sliced.to_local())
+        else:
+            tensor.copy_(whole)
+        return tensor
+
+
+def _zero_row(weight: torch.Tensor, row: int) -> None:
+    keep = torch.ones(weight.shape[0], 1, dtype=weight.dtype, device=weight.device)
+    keep[row] = 0
+    with torch.no_grad():
+        if isinstance(weight, DTensor):
+            weight.mul_(distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None))
+        else:
+            weight.mul_(keep)
+
+
+@contextlib.contextmanager
+def _weights(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every tensor of a folder by its name on disk, read when it is sliced."""
+    with contextlib.ExitStack() as stack:
+        state_dict: dict[str, Any] = {}
+        for file in _weight_files(folder):
+            if file.suffix == ".safetensors":
+                opened = stack.enter_context(safe_open(file, framework="pt"))
+                state_dict |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            else:
+                state_dict |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        yield state_dict
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [file for file in names if not (folder / file).is_file()]
+            if missing or any(Path(file).name != file for file in names):
+                raise UserError(f"{index}: names {', '.join(missing) or 'files elsewhere'}", "copy the model anew")
+            return [folder / file for file in names]
+        if (folder / name).exists():
+            return [folder / name]
+    raise UserError(f"{folder} holds no weights", "it needs *.safetensors or pytorch_model*.bin")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, of which every process would draw one."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def barrier_first(local_rank: int, action: Callable[[], Any]) -> Any:
+    """Runs `action` on the first process of each host before the others, so that a download happens once."""
+    if local_rank != 0:
+        dist.barrier()
+    result = action()
+    if local_rank == 0:
+        dist.barrier()
+    return result

@@ -1,0 +1,1 @@
+"""Tokenizers: training one, importing one exactly, and the contract by which every later stage knows it."""

@@ -1,0 +1,186 @@
+"""The contract: what every later stage may rely on about a tokenizer, as one JSON file beside it.
+
+A fingerprint says whether two folders give the same ids; golden strings prove it on the machine at hand; the UTF-8
+length of each token turns losses into bits per byte. Reading a contract needs no tokenizer library.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from tsumugu.errors import UserError
+from tsumugu.tokenizer.load import BYTE_PIECE, NEVER, SPACE, load_tokenizer
+
+VERSION = 1
+_FILE = "contract.json"
+
+# What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
+GOLDEN = (
+    "",
+    "日本語の文章を、そのまま元に戻せること。",
+    "ＡＢＣ　ａｂｃ　１２３！？（全角）",
+    "ﾊﾝｶｸｶﾅ ｶﾞｷﾞｸﾞ",
+    "舊字體の學校と國語、龍と竜、髙橋と高橋、葛\U000e0100城",
+    "👨‍👩‍👧‍👦と👩🏽‍🚀、🇯🇵、❤️",
+    "　全角空白で始まる",
+    "\tタブ\tと  二つの空白   三つ ",
+    " ",
+    "一行目\n二行目\n\n四行目\r\n",
+    "㍿ ½ ① ㌔ ㈱ ﬁ Ⅳ",
+    "\U00020b9fる\U0002000b 𠮷野家 \u0b85\u1200\u16a0\ue000",
+    "ラーメンーーー〜～ーと長ーい",
+    "2024年12月31日 3.14159 1,234,567円",
+    "Hello, world! The naïve café in Tōkyō.",
+    "か\u3099 が ハ\u309a パ",
+    "空白の記号\u2581そのもの",
+    "<0x41><reserved_0>&lt;s&gt;",
+    "def f(x):\n    return x  # 注釈\n",
+    "\0\x01\x7f\u200b\ufeff\u2028\ufffd",
+)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """A tokenizer as later stages see it.
+
+    Attributes:
+        version: Of the file's layout.
+        fingerprint: sha256 over what defines ids: the vocabulary, the special ids and the golden ids.
+        vocab_size: One more than the highest id.
+        unk_id, bos_id, eos_id, pad_id: None where the tokenizer has no such token.
+        adds_bos, adds_eos: Whether the tokenizer itself adds them when called as transformers does by default.
+        newline: Whether a newline survives encoding and decoding.
+        golden: Texts with their ids, special tokens not added.
+        token_bytes: UTF-8 bytes of text that each id stands for; 0 for special and reserved ones, 1 for byte pieces.
+            Over a text without unknowns they add up to its length, for unigram with byte fallback and byte-level BPE.
+    """
+
+    version: int
+    fingerprint: str
+    vocab_size: int
+    unk_id: int | None
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+    adds_bos: bool
+    adds_eos: bool
+    newline: Literal["expressible", "lost"]
+    golden: tuple[tuple[str, tuple[int, ...]], ...]
+    token_bytes: tuple[int, ...]
+
+
+def write_contract(folder: Path) -> Contract:
+    """Describe the tokenizer.json of a folder, and its special tokens, in contract.json.
+
+    Raises:
+        UserError: No readable tokenizer.json.
+    """
+    contract = _describe(folder, GOLDEN)
+    content = asdict(contract)
+    content["golden"] = [{"text": text, "ids": ids} for text, ids in contract.golden]
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    (folder / _FILE).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    return contract
+
+
+def read_contract(folder: Path) -> Contract:
+    """The contract of a tokenizer's folder, from its JSON alone.
+
+    Raises:
+        UserError: There is none, or it is not of this version.
+    """
+    path = folder / _FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {_FILE}", "make the tokenizer with `tsumugu tokenizer`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}", "make the tokenizer again") from None
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} is of version {content.get('version')}, not {VERSION}", "make the tokenizer again")
+    content["golden"] = tuple((pair["text"], tuple(pair["ids"])) for pair in content["golden"])
+    content["token_bytes"] = tuple(content["token_bytes"])
+    return Contract(**content)
+
+
+def check_contract(folder: Path) -> Contract:
+    """The contract of a folder, after proving that the tokenizer beside it keeps it.
+
+    Raises:
+        UserError: The first difference: a golden string that encodes differently, or a field.
+    """
+    contract = read_contract(folder)
+    found = _describe(folder, [text for text, _ in contract.golden])
+    broken, hint = f"{folder}: the tokenizer does not keep its contract", "the files were changed; make it again"
+    for (text, ids), (_, ids_found) in zip(contract.golden, found.golden, strict=True):
+        if ids != ids_found:
+            raise UserError(f"{broken}: {text!r} gives {list(ids_found)}, not {list(ids)}", hint)
+    for field in fields(Contract):
+        if getattr(contract, field.name) != getattr(found, field.name):
+            raise UserError(f"{broken}: {field.name} differs", hint)
+    return contract
+
+
+def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
+    tokenizer = load_tokenizer(folder)
+    special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
+    unk, bos, eos, pad = (special.get(f"{name}_token") for name in ("unk", "bos", "eos", "pad"))
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = [""] * (max(vocabulary.values()) + 1)
+    for token, id in vocabulary.items():
+        tokens[id] = token
+    golden = tuple((text, tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in golden_texts)
+    defining = {"vocabulary": tokens, "special": [unk, bos, eos, pad], "golden": golden}
+    plain, default = tokenizer.encode("あ", add_special_tokens=False).ids, tokenizer.encode("あ").ids
+    newline = "\n" in tokenizer.decode(tokenizer.encode("あ\nい", add_special_tokens=False).ids)
+    return Contract(
+        version=VERSION,
+        fingerprint=hashlib.sha256(json.dumps(defining).encode()).hexdigest(),
+        vocab_size=len(tokens),
+        unk_id=unk,
+        bos_id=bos,
+        eos_id=eos,
+        pad_id=pad,
+        adds_bos=bos is not None and default[:1] == [bos] != plain[:1],
+        adds_eos=eos is not None and default[-1:] == [eos] != plain[-1:],
+        newline="expressible" if newline else "lost",
+        golden=golden,
+        token_bytes=tuple(_token_bytes(tokenizer, tokens)),
+    )
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """{"bos_token": "<s>", ...} as transformers reads them: tokenizer_config.json over special_tokens_map.json."""
+    named: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            named |= json.loads((folder / file).read_text(encoding="utf-8"))
+    tokens = {name: named.get(name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in contents.items() if token is not None}
+
+
+def _token_bytes(tokenizer: Tokenizer, tokens: list[str]) -> list[int]:
+    layout = json.loads(tokenizer.to_str())
+    added = {token["id"]: token for token in layout["added_tokens"]}
+    decoder = json.dumps(layout["decoder"], ensure_ascii=False)
+    byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+    scores = [score for _, score in layout["model"]["vocab"]] if layout["model"]["type"] == "Unigram" else []
+
+    def length(id: int, token: str) -> int:
+        if id in added:
+            return 0 if added[id]["special"] else len(token.encode())
+        if byte_fallback and BYTE_PIECE.fullmatch(token):
+            return 1
+        if scores and scores[id] == NEVER:
+            return 0
+        if byte_level:  # one character of its alphabet a byte
+            return len(token)
+        return len(token.replace(SPACE, " ").encode() if SPACE in decoder else token.encode())
+
+    return [length(id, token) for id, token in enumerate(tokens)]

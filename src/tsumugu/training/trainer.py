@@ -1,0 +1,446 @@
+"""The trainer: build, then step, log, evaluate, checkpoint, and stop if asked.
+
+Pretraining, fine-tuning and instruction tuning are this one trainer over a token store; they differ in configuration.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig
+
+from tsumugu import config as configuration
+from tsumugu.config import TrainingRun
+from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
+from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
+from tsumugu.data.store import Store, open_store
+from tsumugu.distributed.environment import Environment, process_group
+from tsumugu.distributed.mesh import build_mesh
+from tsumugu.errors import UserError
+from tsumugu.model import build
+from tsumugu.model.flops import flops, peak_flops
+from tsumugu.model.presets import preset_config
+from tsumugu.tokenizer.contract import Contract, read_contract
+from tsumugu.training import checkpoint
+from tsumugu.training.loss import summed_loss
+from tsumugu.training.metrics import Metrics, memory_peak_gib
+from tsumugu.training.optimizer import build_optimizer, clip_gradients
+from tsumugu.training.schedule import check_schedule, learning_rate
+from tsumugu.training.signals import StopRequest, stop_requests
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended: steps done of all, and whether it was asked to stop or had nothing to do."""
+
+    step: int
+    max_steps: int
+    interrupted: bool = False
+    already_done: bool = False
+
+
+def train(config: TrainingRun, run_dir: Path) -> Outcome:
+    """Trains to the end, from the newest checkpoint of `run_dir` where there is one.
+
+    Every process of a torchrun job calls it; without torchrun this is the only process.
+
+    Raises:
+        UserError: A configuration, store, model or checkpoint that cannot be used.
+    """
+    with process_group() as environment, stop_requests() as request:
+        return Trainer(config, run_dir, environment).train(request)
+
+
+class Trainer:
+    """One run, built and ready to take steps."""
+
+    def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment):
+        self.config, self.run_dir, self.environment = config, run_dir, environment
+        self.device = environment.device
+        store = open_store(Path(config.data.store))
+        contract = _store_contract(store)
+        self.train_rows, self.validation_rows = _rows(config, store, contract)
+        self.share = Share(
+            rank=environment.rank,
+            world_size=environment.world_size,
+            global_batch_size=config.train.global_batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+        )
+        self.max_steps, self.total_rows = _length(config, len(self.train_rows))
+        check_schedule(self.max_steps, config.schedule)
+
+        resumed_step = checkpoint.newest(run_dir, report=lambda line: print(line, flush=True))
+        model_config = _model_config(config, contract, environment, run_dir if resumed_step is not None else None)
+        self.identity = _identity(config, store, model_config, self.max_steps, self.total_rows)
+        self.template, self.add_bos = store.manifest["template"], store.manifest["add_bos"]
+
+        self.step, self.tokens_seen, self.supervised_tokens_seen = 0, 0, 0
+        if resumed_step is not None:
+            state = checkpoint.read_state(run_dir, resumed_step)
+            _check_identity(state["identity"], self.identity, run_dir)
+            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+            self.supervised_tokens_seen = state["supervised_tokens_seen"]
+            fill = checkpoint.weights(checkpoint.folder(run_dir, resumed_step))
+        else:
+            fill = _starting_weights(config, environment)
+
+        compute_dtype, master_dtype = _dtypes(config, self.device)
+        mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
+        self.model = build.build_model(model_config, mesh, self.device, master_dtype, compute_dtype, fill)
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        if resumed_step is not None:
+            checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
+
+        self.token_bytes = torch.zeros(model_config.vocab_size, dtype=torch.int64, device=self.device)
+        self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
+        self.metrics = None
+        if environment.is_main:
+            _write_run_folder(run_dir, config, model_config, store)
+            self.metrics = Metrics(run_dir, self.step, self.max_steps, list(config.train.log_to))
+        dist.barrier()
+
+    def train(self, request: StopRequest) -> Outcome:
+        """Takes the steps that are left; ends early, with a checkpoint, once any process is asked to stop."""
+        if self.step == self.max_steps:
+            return Outcome(self.step, self.max_steps, already_done=True)
+        if self.step == 0:
+            self.evaluate()
+        interval = _Interval()
+        while self.step < self.max_steps:
+            figures, stop = self.train_step(request)
+            self.step += 1
+            interval.add(figures)
+            last = self.step == self.max_steps
+            if _due(self.step, self.config.train.log_every) or last:
+                self._log(figures, interval)
+                interval = _Interval()
+            if self.metrics:
+                self.metrics.advance()
+            if _due(self.step, self.config.evaluate.every) or last:
+                self.evaluate()
+                interval.start = time.perf_counter()
+            if _due(self.step, self.config.checkpoint.every) or last or stop:
+                self.save()
+                interval.start = time.perf_counter()
+            if stop and not last:
+                break
+        if self.metrics:
+            self.metrics.close()
+        return Outcome(self.step, self.max_steps, interrupted=self.step < self.max_steps)
+
+    def train_step(self, request: StopRequest) -> tuple["StepFigures", bool]:
+        """One optimizer step, and whether any process was asked to stop.
+
+        The loss is the sum over the supervised tokens of all rows of the step, on all processes, over their number.
+        """
+        started = time.perf_counter()
+        torch.manual_seed(self._step_seed())
+        batches = training_batches(
+            self.train_rows, self.step, self.share, self.config.train.seed, self.total_rows
+        )
+        data_seconds = time.perf_counter() - started
+        counts = [
+            sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
+            sum(sum(batch.lengths) for batch in batches),
+            sum(length**2 for batch in batches for length in batch.lengths),
+        ]
+        supervised, tokens, squared_lengths = self._all_sum(counts).tolist()
+
+        self.model.train()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        grad_norm = torch.zeros((), device=self.device)
+        if supervised > 0:
+            for batch in batches:
+                batch_loss = self._summed_loss(batch) / supervised
+                batch_loss.backward()
+                loss += batch_loss.detach()
+            grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
+            rate = self._learning_rate()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        reduced = self._all_sum([loss.item(), float(bool(request))])
+        self.tokens_seen += tokens
+        self.supervised_tokens_seen += supervised
+        loss_value = reduced[0].item() if supervised > 0 else math.nan
+        if supervised > 0 and not math.isfinite(loss_value + grad_norm.item()):
+            raise UserError(
+                f"step {self.step + 1}: the loss is {loss_value}, the gradient norm {grad_norm.item()}",
+                "lower optimizer.learning_rate or lengthen schedule.warmup_steps; "
+                f"{self.run_dir} resumes from its newest checkpoint",
+            )
+        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, data_seconds)
+        return figures, reduced[1].item() > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """Loss, perplexity and bits per byte of the validation split, over its supervised tokens; {} without one."""
+        if len(self.validation_rows) == 0:
+            return {}
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in validation_batches(self.validation_rows, self.share, self.config.evaluate.batches):
+            labels = torch.from_numpy(batch.labels).to(self.device)
+            supervised = labels[labels != IGNORE_INDEX]
+            sums[0] += self._summed_loss(batch)
+            sums[1] += supervised.numel()
+            sums[2] += self.token_bytes[supervised].sum()
+        dist.all_reduce(sums)
+        nats, tokens, text_bytes = sums.tolist()
+        if tokens == 0:
+            return {}
+        loss = nats / tokens
+        figures = {
+            "validation_loss": loss,
+            "validation_perplexity": math.exp(min(loss, 700)),
+            "validation_bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
+        }
+        if self.metrics:
+            self.metrics.write({"step": self.step, **figures})
+        return figures
+
+    def save(self) -> None:
+        """Writes a checkpoint of the steps done, and deletes the oldest ones."""
+        state = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "supervised_tokens_seen": self.supervised_tokens_seen,
+            "template": self.template,
+            "add_bos": self.add_bos,
+            "identity": self.identity,
+        }
+        checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
+        if self.environment.is_main:
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
+
+    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self.takes_positions:
+            inputs["position_ids"] = batch.position_ids
+        tensors = {key: torch.from_numpy(a).to(self.device) for key, a in inputs.items() if a is not None}
+        labels = torch.from_numpy(batch.labels).to(self.device)
+        return summed_loss(self.model(**tensors, use_cache=False).logits, labels)
+
+    def _all_sum(self, values: list) -> torch.Tensor:
+        total = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
+        total = total.to(self.device)
+        dist.all_reduce(total)
+        return total
+
+    def _learning_rate(self) -> float:
+        """Of the step that is being taken, the one after the `self.step` steps done."""
+        peak = self.config.optimizer.learning_rate
+        return learning_rate(self.step + 1, self.max_steps, peak, self.config.schedule)
+
+    def _step_seed(self) -> int:
+        """Dropout is drawn anew each step from (seed, step, rank), so that no generator state need be saved."""
+        key = f"{self.config.train.seed} {self.step} {self.environment.rank}".encode()
+        return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+
+    def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
+        if not self.metrics:
+            return
+        seconds = time.perf_counter() - interval.start
+        world_size = self.environment.world_size
+        tokens_per_second = interval.tokens / seconds
+        flops_per_second = flops(self.model, interval.tokens, interval.squared_lengths) / seconds / world_size
+        peak = peak_flops(self.device)
+        peak_rate = self.config.optimizer.learning_rate
+        self.metrics.write(
+            {
+                "step": self.step,
+                "loss": figures.loss,
+                "learning_rate": learning_rate(self.step, self.max_steps, peak_rate, self.config.schedule),
+                "grad_norm": figures.grad_norm,
+                "tokens_seen": self.tokens_seen,
+                "supervised_tokens": self.supervised_tokens_seen,
+                "tokens_per_second": tokens_per_second,
+                "tokens_per_second_per_device": tokens_per_second / world_size,
+                "tflops_per_device": flops_per_second / 1e12,
+                "mfu": flops_per_second / peak if peak else None,
+                "memory_peak_gib": memory_peak_gib(self.device),
+                "step_seconds": seconds / interval.steps,
+                "data_seconds": interval.data_seconds / interval.steps,
+            }
+        )
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """loss (nats a supervised token) and gradient norm of one step; tokens and squared row lengths, over all devices."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    squared_lengths: int
+    data_seconds: float
+
+
+class _Interval:
+    """Sums since the last line of metrics."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.steps, self.tokens, self.squared_lengths, self.data_seconds = 0, 0, 0, 0.0
+
+    def add(self, figures: StepFigures) -> None:
+        self.steps += 1
+        self.tokens += figures.tokens
+        self.squared_lengths += figures.squared_lengths
+        self.data_seconds += figures.data_seconds
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _store_contract(store: Store) -> Contract:
+    contract = read_contract(store.path / "tokenizer")
+    if contract.fingerprint != store.fingerprint:
+        raise UserError(
+            f"{store.path}: its tokenizer folder is not the tokenizer that made its ids", "prepare the store again"
+        )
+    return contract
+
+
+def _rows(config: TrainingRun, store: Store, contract: Contract) -> tuple[Rows, Rows]:
+    if store.supervised and config.data.packing == "concatenate":
+        raise UserError(
+            f"data.packing is concatenate, but {store.path} holds instructions", "set data.packing to pad_left"
+        )
+    packing = PACKINGS[config.data.packing]
+    pad_id = contract.pad_id or 0  # what a padded position holds is never seen: it is neither attended to nor a label
+    train_rows = packing(store.train, config.data.sequence_length, pad_id)
+    if len(train_rows) == 0:
+        raise UserError(f"{store.path} holds no row for training", "prepare a larger corpus")
+    return train_rows, packing(store.validation, config.data.sequence_length, pad_id)
+
+
+def _length(config: TrainingRun, rows: int) -> tuple[int, int]:
+    """Steps of the run, and the position from which rows are empty."""
+    train, batch = config.train, config.train.global_batch_size
+    if train.max_epochs is not None:
+        total_rows = math.ceil(train.max_epochs * rows)
+        return math.ceil(total_rows / batch), total_rows
+    if train.max_tokens is not None:
+        if config.data.packing != "concatenate":
+            raise UserError(
+                f"train.max_tokens counts full rows, data.packing {config.data.packing} has shorter ones",
+                "set train.max_epochs or train.max_steps",
+            )
+        steps = math.ceil(train.max_tokens / (batch * config.data.sequence_length))
+    else:
+        assert train.max_steps is not None
+        steps = train.max_steps
+    return steps, steps * batch
+
+
+def _dtypes(config: TrainingRun, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """Compute dtype and dtype of the masters."""
+    name = config.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return _DTYPES[name], torch.float64 if name == "float64" else torch.float32
+
+
+def _model_config(
+    config: TrainingRun, contract: Contract, environment: Environment, resumed: Path | None
+) -> PretrainedConfig:
+    """The configuration of the model, checked against tokenizer and sequence length."""
+    model = config.model
+    if model.preset is not None:
+        result = preset_config(model.preset, contract)
+    elif model.config is not None:
+        result = build.read_config(model.config)
+    elif resumed is not None:  # what the run started from need not exist any more
+        result = build.read_config(str(resumed / "model"))
+    elif model.pretrained is not None:
+        name = model.pretrained
+        folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
+        result = build.read_config(str(folder))
+        _check_tokenizer(config.tokenizer.path or str(folder), contract, "model.pretrained", name)
+    else:
+        assert config.train.start_from is not None
+        run_dir, _ = checkpoint.resolve(config.train.start_from)
+        result = build.read_config(str(run_dir / "model"))
+        _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", config.train.start_from)
+    if contract.vocab_size > result.vocab_size:
+        raise UserError(
+            f"the store's tokenizer has {contract.vocab_size} ids, the model only {result.vocab_size}",
+            "prepare the store with the model's tokenizer",
+        )
+    longest = getattr(result, "max_position_embeddings", None)
+    if longest is not None and config.data.sequence_length > longest:
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, the model has {longest} positions",
+            f"set it to {longest} or less",
+        )
+    return result
+
+
+def _check_tokenizer(path: str, contract: Contract, key: str, name: str) -> None:
+    if not (Path(path) / "contract.json").exists():
+        raise UserError(
+            f"{key} {name}: no contract of its tokenizer, so that the store's ids cannot be compared with it",
+            "set tokenizer.path to a tokenizer folder of tsumugu that is that model's",
+        )
+    if read_contract(Path(path)).fingerprint != contract.fingerprint:
+        raise UserError(f"the store was made with another tokenizer than {key} {name}", f"prepare it with {path}")
+
+
+def _starting_weights(config: TrainingRun, environment: Environment):
+    if config.model.pretrained is not None:
+        return build.pretrained(build.find_pretrained(config.model.pretrained))
+    if config.train.start_from is not None:
+        path = checkpoint.folder(*checkpoint.resolve(config.train.start_from))
+        checkpoint.check(path)
+        return checkpoint.weights(path)
+    return build.initialised(config.train.seed)
+
+
+def _identity(
+    config: TrainingRun, store: Store, model_config: PretrainedConfig, max_steps: int, total_rows: int
+) -> dict:
+    """What must not change when a run is resumed: everything that its numbers depend on, but for the mesh."""
+    content = json.dumps(store.manifest["splits"], sort_keys=True).encode()
+    volatile = ("transformers_version", "_name_or_path", "dtype", "architectures")
+    shape = {key: value for key, value in model_config.to_dict().items() if key not in volatile}
+    return {
+        "data.store": hashlib.sha256(content).hexdigest(),
+        "data.sequence_length": config.data.sequence_length,
+        "data.packing": config.data.packing,
+        "the length of the run in steps": max_steps,
+        "the length of the run in rows": total_rows,
+        "train.global_batch_size": config.train.global_batch_size,
+        "train.seed": config.train.seed,
+        "train.dtype": config.train.dtype,
+        **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
+        **{f"schedule.{key}": value for key, value in dataclasses.asdict(config.schedule).items()},
+        **{f"the model's {key}": value for key, value in json.loads(json.dumps(shape, default=str)).items()},
+    }
+
+
+def _check_identity(saved: dict, identity: dict, run_dir: Path) -> None:
+    for key in sorted(saved.keys() | identity.keys()):
+        if saved.get(key) != identity.get(key):
+            raise UserError(
+                f"{run_dir} holds a checkpoint of another run: {key} was {saved.get(key)}, now {identity.get(key)}",
+                "set it back to resume, or choose another --run-dir",
+            )
+
+
+def _write_run_folder(run_dir: Path, config: TrainingRun, model_config: PretrainedConfig, store: Store) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    configuration.write(config, run_dir / "config.yaml")
+    model_config.save_pretrained(run_dir / "model")
+    shutil.copytree(store.path / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)
