@@ -27,7 +27,7 @@ from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, instructions, store
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, read_contract
-from tsumugu.tokenizer.load import bulk_encoder
+from tsumugu.tokenizer.load import BulkEncoder
 
 _BATCH_DOCUMENTS = 256
 _WORK = ".work"
@@ -165,7 +165,7 @@ class _Encode(PipelineStep):
         progress = np.memmap(output / _WORK / "progress.bin", dtype=np.int64, mode="r+")
         encode_all = self._encode_examples if supervised else self._encode_documents
         counts = Counter()
-        encode = bulk_encoder(Path(self.config.tokenizer))
+        encode = BulkEncoder(Path(self.config.tokenizer))
         for documents in _batches(data, _BATCH_DOCUMENTS):
             for document, encoded in zip(documents, encode_all(documents, encode), strict=True):
                 if isinstance(encoded, str):

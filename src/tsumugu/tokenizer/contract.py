@@ -9,12 +9,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any, Literal
 
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.load import BYTE_PIECE, NEVER, SPACE, load_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 VERSION = 1
 _FILE = "contract.json"
@@ -127,6 +127,8 @@ def check_contract(folder: Path) -> Contract:
 
 
 def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
+    from tsumugu.tokenizer.load import load_tokenizer  # here, so that reading a contract needs no tokenizer library
+
     tokenizer = load_tokenizer(folder)
     special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
     unk, bos, eos, pad = (special.get(f"{name}_token") for name in ("unk", "bos", "eos", "pad"))
@@ -165,7 +167,9 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return {name: token for name, token in contents.items() if token is not None}
 
 
-def _token_bytes(tokenizer: Tokenizer, tokens: list[str]) -> list[int]:
+def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
+    from tsumugu.tokenizer.load import BYTE_PIECE, NEVER, SPACE
+
     layout = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in layout["added_tokens"]}
     decoder = json.dumps(layout["decoder"], ensure_ascii=False)

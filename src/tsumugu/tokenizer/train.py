@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN, write_contract
@@ -22,7 +23,6 @@ from tsumugu.tokenizer.load import (
     NORMAL,
     SCORE_GRID,
     SPACE,
-    ModelProto,
     check_conversion,
     check_unicode,
     save_tokenizer,
@@ -182,10 +182,12 @@ def _train(sample: _Sample, vocab_size: int, reserved: int) -> ModelProto:
                 f"set --vocab-size to {found[1]} or more",
             ) from None
         if "!sentences_.empty()" in str(error):
-            raise UserError("the corpus is empty: there is no text to train a tokenizer on", "check --input") from None
+            raise UserError(
+                f"the corpus is empty: the {sample.bytes} bytes sampled of it hold no text to train a tokenizer on",
+                "check --input; a corpus of few huge documents needs a larger --sample-bytes",
+            ) from None
         raise
-    model = ModelProto()
-    model.ParseFromString(writer.getvalue())
+    model = ModelProto.FromString(writer.getvalue())
     _finish(model)
     return model
 
@@ -202,11 +204,10 @@ def _finish(model: ModelProto) -> None:
     missing = sorted(set(_REQUIRED) - {piece.piece for piece in normal})
     lowest = min(piece.score for piece in normal)
     worst = sorted((piece for piece in normal if len(piece.piece) > 1), key=lambda piece: piece.score)[: len(missing)]
-    if len(worst) < len(missing):
+    if shortfall := len(missing) - len(worst):
         raise UserError(
-            f"the corpus is too small: {len(missing) - len(worst)} of the {len(_REQUIRED)} ASCII characters that every "
-            "vocabulary holds found no place",
-            "give more text, and a larger --vocab-size",
+            f"a vocabulary of {len(model.pieces)} has no room for {shortfall} of the ASCII characters",
+            f"set --vocab-size to {len(model.pieces) + shortfall} or more, and give more text where that is too many",
         )
     for piece, character in zip(worst, missing, strict=True):
         piece.piece, piece.score = character, lowest
