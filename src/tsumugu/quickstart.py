@@ -104,7 +104,7 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
     sample = resources.files("tsumugu") / "sample"
     for folder in ("corpus", "recipes"):
         (work_dir / folder).mkdir(parents=True, exist_ok=True)
-    for name in ("instructions",) if inputs else ("japanese", "instructions"):
+    for name in ("japanese", "instructions", "english"):
         content = (sample / f"{name}.jsonl").read_text(encoding="utf-8")
         (work_dir / "corpus" / f"{name}.jsonl").write_text(content, encoding="utf-8")
     paths = {name: work_dir / "recipes" / f"{name}.yaml" for name in _RECIPES}
@@ -116,7 +116,7 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
                 "name: japanese": "name: own-text",
                 "path: quickstart/corpus/japanese.jsonl": f"path: {json.dumps(inputs, ensure_ascii=False)}",
                 "text: text": f"text: {json.dumps(text, ensure_ascii=False)}",
-                "validation_share: 0.1 ": "validation_share: 0.01",
+                "validation_share: 0.1 ": f"validation_share: {0.1 if _size(inputs) < 2e6 else 0.01} ",
             }
         if inputs and name == "pretrain":
             changes |= {"max_epochs: 26": f"max_steps: {_OWN_TEXT_STEPS}", "evaluate:\n": "evaluate:\n  batches: 50\n"}
@@ -129,6 +129,10 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
     return {name: str(path) for name, path in paths.items()}
 
 
+def _size(paths: str | list[str]) -> int:
+    return sum(Path(file).stat().st_size for file in corpus.find_files(paths))
+
+
 def _sources(recipe: str) -> list:
     return [source["path"] for source in yaml.safe_load(recipe)["prepare"]["sources"]]
 
@@ -138,10 +142,9 @@ def _tokenizer(preparation: configuration.PrepareConfig, vocab_size: int | None)
     if (output / "contract.json").exists():
         return f"already done: {read_contract(output).vocab_size:,} ids"
     source = preparation.sources[0]
-    files = corpus.find_files(source.path)
-    size = sum(Path(file).stat().st_size for file in files)
+    size = _size(source.path)
     report = train_tokenizer(
-        lambda: corpus.texts(corpus.plan(files), source.text),
+        lambda: corpus.texts(corpus.plan(corpus.find_files(source.path)), source.text),
         output,
         vocab_size=vocab_size or (4000 if size < 2e6 else 8000 if size < 10e6 else 16000),
         sample_bytes=20_000_000,
