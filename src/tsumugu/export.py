@@ -6,6 +6,7 @@ older names are written beside them.
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tsumugu.data.instructions import find_template
 from tsumugu.errors import UserError
 from tsumugu.model import build
-from tsumugu.tokenizer.contract import read_contract
+from tsumugu.tokenizer.contract import Contract, read_contract
 from tsumugu.training import checkpoint
 
 ORIGIN = "tsumugu.json"
@@ -44,11 +45,12 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
     path = checkpoint.folder(run_dir, step)
     marker = json.loads((path / checkpoint.COMPLETE).read_text(encoding="utf-8"))
     state = checkpoint.read_state(run_dir, step)
+    contract = read_contract(run_dir / "tokenizer")
     origin = {
         "step": step,
         "dtype": dtype,
         "checkpoint": {name: entry["sha256"] for name, entry in marker.items()},
-        "tokenizer": read_contract(run_dir / "tokenizer").fingerprint,
+        "tokenizer": contract.fingerprint,
         "template": state["template"],
         "add_bos": state["add_bos"],
     }
@@ -60,96 +62,123 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
 
     temporary = output.with_name(f".{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(run_dir / "tokenizer", temporary)
-    config = build.read_config(str(run_dir / "model"))
-    model = build.meta_model(config, _DTYPES[dtype])
-    _write_weights(model, path, temporary)
-    _write_config(model, config, dtype, temporary)
-    _write_generation_config(config, temporary)
-    if state["template"]:
-        chat_template = find_template(state["template"]).chat_template()
-        (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
-    (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-    temporary.rename(output)
+    try:
+        shutil.copytree(run_dir / "tokenizer", temporary, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        config = build.read_config(str(run_dir / "model"))
+        _take_special_ids(config, contract)
+        model = build.meta_model(config, _DTYPES[dtype])
+        _write_weights(model, path, temporary)
+        _write_config(model, config, dtype, temporary)
+        _write_generation_config(config, contract, temporary)
+        if state["template"]:
+            bos = "{{- bos_token -}}" if state["add_bos"] else ""
+            chat_template = bos + find_template(state["template"]).chat_template()
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
+        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        temporary.rename(output)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if checkpoint.is_disk_full(error):
+            raise UserError(f"no space left to write {output}", "free space, then export again") from None
+        raise
     return True
 
 
 def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
-    """Weights file by file: each holds whole decoder layers, so that what transformers merges on disk stays together."""
-    groups = _file_groups(model)
-    shapes = model.state_dict()
+    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
+    state_dict = model.state_dict()
+    names = [name for name in state_dict if name not in build.tied_names(model)]
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    differing = {f"model.{name}" for name in names} ^ {key for key in stored if key.startswith("model.")}
+    if differing:
+        raise UserError(
+            f"{path}: its weights are not those of its configuration: {', '.join(sorted(differing)[:3])}",
+            "export with the transformers version that it was trained with",
+        )
+    groups = _file_groups(model, names)
     weight_map, total_size = {}, 0
-    for number, names in enumerate(groups, start=1):
+    for number, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {
-            name: torch.empty(shapes[name].shape, dtype=stored[f"model.{name}"].properties.dtype) for name in names
-        }
-        dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)
-        on_disk = build.disk_names(model, {name: tensor.to(model.dtype) for name, tensor in tensors.items()})
+        tensors = {name: torch.empty_like(state_dict[name], device="cpu") for name in group}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
+            dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)  # casts to each tensor's dtype
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.float16 and tensor.isinf().any():
+                raise UserError(f"{path}: {name} has values that float16 cannot hold", "use --dtype bfloat16")
+        on_disk = build.disk_names(model, tensors)
         save_file({name: tensor.contiguous() for name, tensor in on_disk.items()}, output / file, {"format": "pt"})
         weight_map |= dict.fromkeys(on_disk, file)
-        total_size += sum(tensor.numel() * tensor.element_size() for tensor in on_disk.values())
+        total_size += sum(tensor.nbytes for tensor in on_disk.values())
     if len(groups) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _file_groups(model: PreTrainedModel) -> list[list[str]]:
-    """Names in memory, by output file: no file over MAX_FILE_BYTES, no decoder layer in two files."""
-    layer_of = {
-        f"{prefix}.{name}": prefix
-        for prefix, module in model.named_modules()
-        if module in set(build.decoder_layers(model))
-        for name, _ in module.named_parameters()
-    }
+def _file_groups(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
+    """Names in memory, by output file: none over MAX_FILE_BYTES, unless one layer is, and no layer in two files."""
+    layers = set(build.decoder_layers(model))
+    prefixes = [f"{prefix}." for prefix, module in model.named_modules() if module in layers]
     units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(next(filter(name.startswith, prefixes), name), []).append(name)
     state_dict = model.state_dict()
-    for name in state_dict:
-        if name not in build.tied_names(model):
-            units.setdefault(layer_of.get(name, name), []).append(name)
     groups: list[list[str]] = [[]]
     size = 0
-    for names in units.values():
-        unit_size = sum(state_dict[name].numel() * state_dict[name].element_size() for name in names)
+    for unit in units.values():
+        unit_size = sum(state_dict[name].nbytes for name in unit)
         if groups[-1] and size + unit_size > MAX_FILE_BYTES:
             groups.append([])
             size = 0
-        groups[-1] += names
+        groups[-1] += unit
         size += unit_size
     return groups
 
 
 def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, output: Path) -> None:
+    """config.json for transformers 5, and beside it the names that transformers 4 reads."""
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(output)
     file = output / "config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content["torch_dtype"] = dtype
-    rope = content.get("rope_parameters")
-    if rope:
-        content["rope_theta"] = rope["rope_theta"]
+    rope = content.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # not where every kind of layer has its own, which transformers 4 names by the model
+        share = rope.get("partial_rotary_factor", 1.0)
+        content |= {"rope_theta": rope["rope_theta"], "partial_rotary_factor": share}
+        if config.model_type == "gpt_neox":
+            content |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": share}
         if rope.get("rope_type", "default") != "default":
             content["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-        if config.model_type == "gpt_neox":
-            content["rotary_emb_base"] = rope["rope_theta"]
-            content["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _write_generation_config(config: PretrainedConfig, output: Path) -> None:
+def _write_generation_config(config: PretrainedConfig, contract: Contract, output: Path) -> None:
     """Stops at eos; ids that stand for no text (reserved ones, padding of the vocabulary) are never generated."""
-    contract = read_contract(output)
-    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0} - {contract.eos_id}
-    never = sorted(textless | set(range(contract.vocab_size, config.vocab_size)))
+    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
+    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(_stop_ids(config))
     GenerationConfig(
-        bos_token_id=contract.bos_id,
-        eos_token_id=contract.eos_id,
-        pad_token_id=contract.pad_id,
-        suppress_tokens=never or None,
+        bos_token_id=config.bos_token_id,
+        eos_token_id=_stop_ids(config) or None,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=sorted(never) or None,
     ).save_pretrained(output)
+
+
+def _take_special_ids(config: PretrainedConfig, contract: Contract) -> None:
+    """Gives the configuration the tokenizer's special ids; further stop ids stay where they stand for no text."""
+    config.bos_token_id, config.pad_token_id = contract.bos_id, contract.pad_id
+    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
+    stop_ids = [contract.eos_id, *(id for id in _stop_ids(config) if id in textless and id != contract.eos_id)]
+    stop_ids = [id for id in stop_ids if id is not None]
+    config.eos_token_id = stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None)
+
+
+def _stop_ids(config: PretrainedConfig) -> list[int]:
+    ids = config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _model_card(model: PreTrainedModel, origin: dict) -> str:

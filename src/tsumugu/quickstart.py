@@ -6,6 +6,7 @@ killed. The recipes that it uses lie in the work folder, to be read, edited and 
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import time
@@ -119,7 +120,8 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
                 "validation_share: 0.1 ": f"validation_share: {0.1 if _size(inputs) < 2e6 else 0.01} ",
             }
         if inputs and name == "pretrain":
-            changes |= {"max_epochs: 26": f"max_steps: {_OWN_TEXT_STEPS}", "evaluate:\n": "evaluate:\n  batches: 50\n"}
+            content = re.sub(r"max_epochs: \d+", f"max_steps: {_OWN_TEXT_STEPS}", content)
+            changes |= {"evaluate:\n": "evaluate:\n  batches: 50\n"}
         for old, new in sorted(changes.items(), key=lambda change: -len(change[0])):
             content = content.replace(old, new)
         if not path.exists():

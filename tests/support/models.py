@@ -12,10 +12,8 @@ _SHAPES = {
     "llama": dict(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_key_value_heads=2
     ),
-    "qwen3": dict(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, num_key_value_heads=2, head_dim=8
-    ),
 }
+_SHAPES["qwen3"] = {**_SHAPES["llama"], "head_dim": 8}
 ARCHITECTURES = tuple(_SHAPES)
 
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from tsumugu.errors import UserError
 
+FIELDS = ("instruction", "input", "output")
+
 
 @dataclass(frozen=True)
 class Template:

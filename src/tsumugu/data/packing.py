@@ -89,19 +89,20 @@ class LeftPadded:
 
     def collate(self, rows: list[Row | None]) -> Batch:
         """Rows (None = an empty one) as a batch."""
-        width = max((len(row.inputs) for row in rows if row is not None), default=1)
+        lengths = _lengths(rows)
+        width = max(1, *lengths)
         shape = (len(rows), width)
         inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
         # an empty row attends to itself: a row that attends to nothing has no defined softmax
         attention = np.ones(shape, dtype=np.int64)
         for filled, row in enumerate(rows):
-            if row is not None:
+            if row is not None and lengths[filled]:  # a document of one token has no input
                 padding = width - len(row.inputs)
                 inputs[filled, padding:] = row.inputs
                 labels[filled, padding:] = row.labels
                 attention[filled, :padding] = 0
         positions = np.maximum(attention.cumsum(axis=1) - 1, 0)
-        return Batch(inputs, labels, _lengths(rows), attention, positions)
+        return Batch(inputs, labels, lengths, attention, positions)
 
 
 PACKINGS = {"concatenate": Concatenated, "pad_left": LeftPadded}

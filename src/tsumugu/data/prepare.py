@@ -1,23 +1,33 @@
 """From corpora to a token store, on datatrove's local executor.
 
-A task of the executor reads one piece of the input and writes one shard of either split. datatrove's completion markers
-make a killed run go on where it stopped; the manifest, written last, makes the folder a store.
+A task of the executor reads some of the input, planned from the files alone, and writes one shard of either split.
+datatrove's completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a
+store.
+
+Which split a document goes to depends on its text alone, so equal documents of sources with equal validation shares
+never lie on both sides.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datatrove.data import Document, DocumentsPipeline
+from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
@@ -29,8 +39,22 @@ from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, read_contract
 from tsumugu.tokenizer.load import BulkEncoder
 
+TASK_BYTES = 8 * 2**20  # small files of a source share a task up to this size
+
 _BATCH_DOCUMENTS = 256
 _WORK = ".work"
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one task of the executor reads, one piece after another."""
+
+    source: Source
+    pieces: list[corpus.Piece]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -42,63 +66,120 @@ def prepare(config: PrepareConfig) -> dict:
     Raises:
         UserError: Input that cannot be used, or an output folder that holds something else.
     """
-    output = Path(config.output)
-    tokenizer = Path(config.tokenizer)
+    output, tokenizer = Path(config.output), Path(config.tokenizer)
     contract = read_contract(tokenizer)
-    settings = _settings(config, contract)
+    files = [file for source in config.sources for file in corpus.find_files(source.path)]
+    settings = _settings(config, contract, files)
     if (output / store.MANIFEST).exists():
         manifest = store.open_store(output).manifest
-        if manifest["settings"] != settings:
-            raise UserError(f"{output} holds a store made otherwise", "choose another prepare.output, or delete it")
+        if changed := _changed(manifest["settings"], settings):
+            raise UserError(
+                f"{output} holds a store made with other settings: {changed}",
+                "choose another prepare.output, or delete that folder",
+            )
+        if (output / _WORK).exists():  # killed between the manifest and the end
+            shutil.rmtree(output / _WORK)
         return {**manifest, "already_done": True}
-    check_contract(tokenizer)
+    _check_fields(config)
     _check_special_tokens(config, contract)
+    check_contract(tokenizer)
 
-    work = output / _WORK
-    plan_file = work / "plan.json"
-    if plan_file.exists() and json.loads(plan_file.read_text(encoding="utf-8")) != settings:
-        raise UserError(f"{output} holds an unfinished store made otherwise", "delete it, or choose another output")
-    work.mkdir(parents=True, exist_ok=True)
-    plan_file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-
-    tasks = [(source, piece) for source in config.sources for piece in corpus.plan(corpus.find_files(source.path))]
-    if not tasks:
-        raise UserError("prepare.sources hold no bytes", "give files that are not empty")
-    progress = np.memmap(work / "progress.bin", dtype=np.int64, mode="w+", shape=(len(tasks),))
+    tasks = [task for source in config.sources for task in _tasks(source)]
+    _start(output, {"settings": settings, "modified": [Path(file).stat().st_mtime_ns for file in files]})
+    progress_file = output / _WORK / "progress.bin"
+    np.zeros(len(tasks), np.int64).tofile(progress_file)
     executor = _Executor(
         pipeline=[_Read(tasks), _Encode(tasks, config, contract)],
         tasks=len(tasks),
         workers=min(config.workers or os.cpu_count() or 1, len(tasks)),
-        logging_dir=str(work),
+        logging_dir=str(output / _WORK),
     )
-    with _progress_bar(progress, [piece.stop - piece.start for _, piece in tasks]):
+    with _progress_bar(np.memmap(progress_file, np.int64, mode="r"), [task.size for task in tasks]):
         executor.run()
-    manifest = _write_manifest(config, contract, settings, [source.name for source, _ in tasks])
-    shutil.rmtree(work)
+    manifest = _write_manifest(config, contract, settings, [task.source.name for task in tasks])
+    shutil.rmtree(output / _WORK)
     return manifest
 
 
-def _settings(config: PrepareConfig, contract: Contract) -> dict:
+def _tasks(source: Source) -> list[_Task]:
+    """The pieces of a source, small ones taken together."""
+    groups: list[list[corpus.Piece]] = []
+    room = -1
+    for piece in corpus.plan(corpus.find_files(source.path)):
+        room -= piece.size
+        if room < 0:
+            groups.append([])
+            room = TASK_BYTES - piece.size
+        groups[-1].append(piece)
+    return [_Task(source, pieces) for pieces in groups]
+
+
+def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> dict:
     """What the contents of the store depend on: equal settings give an equal store."""
     settings = dataclasses.asdict(config)
-    for key in ("output", "workers", "tokenizer"):
+    for key in ("output", "workers"):
         del settings[key]
     settings["tokenizer"] = contract.fingerprint
-    settings["files"] = [
-        [file, Path(file).stat().st_size] for source in config.sources for file in corpus.find_files(source.path)
-    ]
+    settings["files"] = [[file, Path(file).stat().st_size] for file in files]
     return settings
 
 
+def _changed(old: dict, new: dict) -> str:
+    """The keys that differ, for a message; empty where none does."""
+    names = [f"prepare.{key}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return ", ".join("input files or their sizes" if name == "prepare.files" else name for name in names)
+
+
+def _start(output: Path, plan: dict) -> None:
+    """Readies the output folder: unfinished work of the same plan stays there, that of another plan is thrown away."""
+    work, plan_file = output / _WORK, output / _WORK / "plan.json"
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is not a folder", "choose another prepare.output")
+    if output.is_dir() and not work.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
+        raise UserError(
+            f"{output} holds something else than a token store", "choose another prepare.output, or empty it"
+        )
+    unfinished = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.exists() else None
+    if unfinished == plan:
+        return
+    if unfinished is not None:
+        changed = _changed(unfinished["settings"], plan["settings"]) or "input files were modified"
+        print(f"{output}: unfinished work is thrown away, since it was made otherwise ({changed})", file=sys.stderr)
+    for folder in (*store.SPLITS, "tokenizer", _WORK):  # _WORK last: whatever is left after a kill is thrown away too
+        if (output / folder).exists():
+            shutil.rmtree(output / folder)
+    work.mkdir(parents=True)
+    _write_json(plan_file, plan)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _check_fields(config: PrepareConfig) -> None:
+    for index, source in enumerate(config.sources):
+        if unknown := set(source.fields) - set(instructions.FIELDS):
+            raise UserError(
+                f"prepare.sources[{index}].fields has {', '.join(sorted(unknown))}",
+                f"its keys are {', '.join(instructions.FIELDS)}, its values the names of columns",
+            )
+
+
 def _check_special_tokens(config: PrepareConfig, contract: Contract) -> None:
-    needs = {
-        "prepare.add_bos": (config.add_bos, contract.bos_id),
-        "prepare.add_eos": (config.add_eos or config.kind == "instructions", contract.eos_id),
-    }
-    for key, (wanted, token_id) in needs.items():
+    for key, wanted, token_id in (
+        ("add_bos", config.add_bos, contract.bos_id),
+        ("add_eos", config.add_eos, contract.eos_id),
+    ):
         if wanted and token_id is None:
-            raise UserError(f"{key} needs a token that the tokenizer {config.tokenizer} does not have", "set it false")
+            raise UserError(f"prepare.{key} is set, but {config.tokenizer} has no such token", "set it to false")
     if config.kind == "instructions":
+        if contract.eos_id is None:
+            raise UserError(
+                f"{config.tokenizer} has no end-of-text token, which ends every response",
+                "use a tokenizer with an eos_token",
+            )
         template = instructions.find_template(config.template)
         if contract.newline == "lost" and "\n" in template.without_input:
             raise UserError(
@@ -108,34 +189,73 @@ def _check_special_tokens(config: PrepareConfig, contract: Contract) -> None:
 
 
 class _Executor(LocalPipelineExecutor):
-    """datatrove's executor, with our progress bar in place of its log on the terminal."""
+    """datatrove's executor with a pool in which a dead worker is an error, and no worker outlives its parent.
+
+    Its tasks, markers and statistics are datatrove's own; its log on the terminal is left out for our progress bar.
+    """
+
+    def run(self) -> None:
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for rank in ranks:
+                self._run_for_rank(rank)
+            return
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_parent) as pool:
+            try:
+                for task in concurrent.futures.as_completed([pool.submit(self._run_for_rank, rank) for rank in ranks]):
+                    task.result()
+            except BrokenProcessPool:
+                raise UserError(
+                    "a worker process was killed, most often for lack of memory",
+                    "use fewer prepare.workers; run again to go on where it stopped",
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
         logger.disable("datatrove")
         return super()._run_for_rank(rank, local_rank, node_rank)
 
 
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; one of them says so
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Read(PipelineStep):
-    """Yields the records of this task's piece."""
+    """Yields the records of this task."""
 
     name = "read"
     type = "READER"
 
-    def __init__(self, tasks: list[tuple[Source, corpus.Piece]]):
+    def __init__(self, tasks: list[_Task]):
         super().__init__()
         self.tasks = tasks
 
-    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        source, piece = self.tasks[rank]
-        for record in corpus.read_records(piece):
-            if source.kind == "text":
-                values = {"text": corpus.column_of(record, source.text)}
-            else:
-                columns = {key: source.fields.get(key, key) for key in ("instruction", "input", "output")}
-                if columns["input"] not in record.values:
-                    del columns["input"]
-                values = {key: corpus.column_of(record, column) for key, column in columns.items()}
-            yield Document(text=values.get("text", ""), id=record.place, metadata=values | {"at": record.consumed})
+    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        source, before = self.tasks[rank].source, 0
+        columns = {"text": source.text}
+        if source.kind == "instructions":
+            columns = {field: source.fields.get(field, field) for field in instructions.FIELDS}
+        for piece in self.tasks[rank].pieces:
+            for record in corpus.read_records(piece, list(columns.values())):
+                values = {
+                    field: corpus.column_of(record, column)
+                    for field, column in columns.items()
+                    # the one column that may be absent, unless the user has named it
+                    if not (field == "input" and "input" not in source.fields and column not in record.columns)
+                }
+                at = before + record.consumed
+                yield Document(text=values.get("text", ""), id=record.place, metadata=values | {"at": at})
+            before += piece.size
 
 
 class _Encode(PipelineStep):
@@ -144,25 +264,25 @@ class _Encode(PipelineStep):
     name = "encode"
     type = "WRITER"
 
-    def __init__(self, tasks: list[tuple[Source, corpus.Piece]], config: PrepareConfig, contract: Contract):
+    def __init__(self, tasks: list[_Task], config: PrepareConfig, contract: Contract):
         super().__init__()
-        self.sources = [source for source, _ in tasks]
+        self.tasks = tasks
         self.config = config
         add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
         add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
-        self.before = [contract.bos_id] if add_bos else []
-        self.after = [contract.eos_id] if add_eos else []
+        self.before = [contract.bos_id] if add_bos and contract.bos_id is not None else []
+        self.after = [contract.eos_id] if add_eos and contract.eos_id is not None else []
         self.eos_id = contract.eos_id
         self.dtype = store.token_dtype(contract.vocab_size)
 
-    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        source, output = self.sources[rank], Path(self.config.output)
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        source, output = self.tasks[rank].source, Path(self.config.output)
         share = self.config.validation_share if source.validation_share is None else source.validation_share
         supervised = source.kind == "instructions"
         writers = {
             split: store.ShardWriter(output / split / f"{rank:05d}", self.dtype, supervised) for split in store.SPLITS
         }
-        progress = np.memmap(output / _WORK / "progress.bin", dtype=np.int64, mode="r+")
+        progress = np.memmap(output / _WORK / "progress.bin", np.int64, mode="r+")
         encode_all = self._encode_examples if supervised else self._encode_documents
         counts = Counter()
         encode = BulkEncoder(Path(self.config.tokenizer))
@@ -176,26 +296,25 @@ class _Encode(PipelineStep):
                     counts["documents"] += 1
                     counts["characters"] += sum(len(v) for v in document.metadata.values() if isinstance(v, str))
             progress[rank] = documents[-1].metadata["at"]
-        for writer in writers.values():
-            writer.close()
-        (output / _WORK / f"counts-{rank:05d}.json").write_text(json.dumps(counts, ensure_ascii=False))
+        shards = {split: writer.close() for split, writer in writers.items()}
+        _write_json(output / _WORK / f"task-{rank:05d}.json", {"counts": counts, "shards": shards})
         yield from ()
 
     def _encode_documents(self, documents: list[Document], encode) -> list:
         """(ids,) of each document, or the reason why it is dropped."""
         encoded = encode([document.text for document in documents])
         return [
-            (np.concatenate([self.before, ids, self.after]).astype(np.int64),) if document.text else "empty"
-            for document, ids in zip(documents, encoded, strict=True)
+            (np.concatenate([self.before, ids, self.after]).astype(np.int64),) if ids else "empty" for ids in encoded
         ]
 
     def _encode_examples(self, documents: list[Document], encode) -> list:
         """(ids, mask) of each example, or the reason why it is dropped."""
         template = instructions.find_template(self.config.template)
+        assert self.eos_id is not None
         results = []
         for record in (document.metadata for document in documents):
-            if not record["output"]:
-                results.append("empty response")
+            if empty := [field for field in ("instruction", "output") if not record[field]]:
+                results.append(f"empty {empty[0]}")
                 continue
             prompt = template.prompt(record["instruction"], record.get("input", ""))
             example = instructions.encode_example(
@@ -206,9 +325,9 @@ class _Encode(PipelineStep):
         return results
 
 
-def _batches(data: DocumentsPipeline, size: int) -> Iterator[list[Document]]:
+def _batches(data: Iterator[Document], size: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    for document in data or ():
+    for document in data:
         batch.append(document)
         if len(batch) == size:
             yield batch
@@ -219,7 +338,10 @@ def _batches(data: DocumentsPipeline, size: int) -> Iterator[list[Document]]:
 
 def _hash_share(values: dict) -> float:
     """A number in [0, 1) that depends on the text (of an example: on its question) alone."""
-    key = values.get("text") or json.dumps([values.get("instruction"), values.get("input", "")], ensure_ascii=False)
+    if "text" in values:
+        key = values["text"]
+    else:
+        key = json.dumps([values["instruction"], values.get("input", "")], ensure_ascii=False)
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
 
 
@@ -246,21 +368,28 @@ def _progress_bar(progress: np.ndarray, sizes: list[int]) -> Iterator[None]:
 
 def _write_manifest(config: PrepareConfig, contract: Contract, settings: dict, source_names: list[str]) -> dict:
     output = Path(config.output)
-    sources: dict[str, Counter] = {}
+    sources: dict[str, Counter] = {name: Counter() for name in source_names}
+    shards: dict[str, list[dict]] = {split: [] for split in store.SPLITS}
     for rank, name in enumerate(source_names):
-        counts = json.loads((output / _WORK / f"counts-{rank:05d}.json").read_text())
-        sources.setdefault(name, Counter()).update(counts)
-    splits = {split: store.describe_shards(output, split) for split in store.SPLITS}
+        task = json.loads((output / _WORK / f"task-{rank:05d}.json").read_text(encoding="utf-8"))
+        sources[name].update(task["counts"])
+        for split, shard in task["shards"].items():
+            shards[split] += [shard] if shard else []
+    splits = {split: store.describe_split(entries) for split, entries in shards.items()}
     if splits["train"]["documents"] == 0:
-        dropped = {name: dict(counts) for name, counts in sources.items()}
-        raise UserError(f"no document is left for training: {dropped or 'the sources are empty'}", "check the sources")
+        counts = [f"{count} {what}" for counts in sources.values() for what, count in sorted(counts.items())]
+        raise UserError(
+            f"no document is left for training ({', '.join(counts) or 'the sources are empty'})", "check the sources"
+        )
     shares = [config.validation_share if s.validation_share is None else s.validation_share for s in config.sources]
     if max(shares) > 0 and splits["validation"]["documents"] == 0:
         raise UserError(
             f"of {splits['train']['documents']} documents none was chosen for validation",
             "add documents, raise prepare.validation_share, or set it to 0 to train without validation",
         )
-    shutil.copytree(config.tokenizer, output / "tokenizer", dirs_exist_ok=True)
+    if (output / "tokenizer").exists():  # of a run that was killed here
+        shutil.rmtree(output / "tokenizer")
+    shutil.copytree(config.tokenizer, output / "tokenizer")
     manifest = {
         "version": store.FORMAT_VERSION,
         "kind": config.kind,
@@ -273,9 +402,7 @@ def _write_manifest(config: PrepareConfig, contract: Contract, settings: dict, s
         "sources": {name: dict(counts) for name, counts in sources.items()},
         "settings": settings,
     }
-    temporary = output / f".{store.MANIFEST}"
-    temporary.write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(output / store.MANIFEST)
+    _write_json(output / store.MANIFEST, manifest)
     return manifest
 
 

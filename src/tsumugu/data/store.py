@@ -50,44 +50,68 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self.lengths: list[int] = []
         self.supervised_tokens = 0
-        self._bin = open(self._temporary("bin"), "wb")
-        self._mask = open(self._temporary("mask"), "wb") if supervised else None
-
-    def _temporary(self, ending: str) -> Path:
-        return self.prefix.with_name(f".{self.prefix.name}.{ending}")
+        self._files = {ending: _HashedFile(prefix, ending) for ending in (("bin", "mask") if supervised else ("bin",))}
 
     def add(self, ids: np.ndarray, mask: np.ndarray | None = None) -> None:
         """Appends one document: ids (tokens,) and, in a supervised store, mask (tokens,) of zeros and ones."""
-        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype).tobytes())
-        if self._mask is not None:
-            assert mask is not None and len(mask) == len(ids)
-            mask = np.ascontiguousarray(mask, dtype=np.uint8)
-            self._mask.write(mask.tobytes())
-            self.supervised_tokens += int(mask.sum())
+        self._files["bin"].write(np.asarray(ids, dtype=self.dtype).tobytes())
+        if "mask" in self._files:
+            assert mask is not None
+            assert len(mask) == len(ids)
+            self._files["mask"].write(np.asarray(mask, dtype=np.uint8).tobytes())
+        self.supervised_tokens += len(ids) if mask is None else int(mask.sum())
         self.lengths.append(len(ids))
 
-    def close(self) -> None:
-        """Writes the index and renames every file into place; an empty shard leaves no file."""
-        endings = ["bin", "mask"] if self._mask is not None else ["bin"]
-        self._bin.close()
-        if self._mask is not None:
-            self._mask.close()
+    def close(self) -> dict | None:
+        """Writes the index and renames every file into place; an empty shard leaves no file.
+
+        Returns:
+            The shard's entry in the manifest (counts, sizes and hashes), None for an empty shard.
+        """
         if not self.lengths:
-            for ending in endings:
-                self._temporary(ending).unlink()
-            return
+            for file in self._files.values():
+                file.discard()
+            return None
         lengths = np.asarray(self.lengths, dtype=np.int32)
         pointers = np.zeros(len(lengths), dtype=np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=pointers[1:])
         code = next(code for code, dtype in _DTYPE_CODES.items() if self.dtype == dtype)
-        with open(self._temporary("idx"), "wb") as idx:
-            # one sequence a document: the document index counts one more than there are documents
-            idx.write(_IDX_HEADER + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1))
-            idx.write(lengths.tobytes())
-            idx.write(pointers.tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-        for ending in [*endings, "idx"]:
-            self._temporary(ending).replace(self.prefix.with_suffix(f".{ending}"))
+        idx = self._files["idx"] = _HashedFile(self.prefix, "idx")
+        # one sequence a document: the document index counts one more than there are documents
+        idx.write(_IDX_HEADER + struct.pack("<QBQQ", 1, code, len(lengths), len(lengths) + 1))
+        for array in (lengths, pointers, np.arange(len(lengths) + 1, dtype=np.int64)):
+            idx.write(array.tobytes())
+        return {
+            "name": self.prefix.name,
+            "documents": len(lengths),
+            "tokens": int(lengths.sum(dtype=np.int64)),
+            "supervised_tokens": self.supervised_tokens,
+            "longest_document": int(lengths.max()),
+            "files": {f"{self.prefix.name}.{ending}": file.publish() for ending, file in self._files.items()},
+        }
+
+
+class _HashedFile:
+    """A file that is hashed while it is written, under a temporary name until it is published."""
+
+    def __init__(self, prefix: Path, ending: str):
+        self._final = prefix.with_name(f"{prefix.name}.{ending}")
+        self._temporary = prefix.with_name(f".{prefix.name}.{ending}")
+        self._stream = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish and discard
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._hash.update(data)
+
+    def publish(self) -> dict:
+        self._stream.close()
+        self._temporary.replace(self._final)
+        return {"size": self._final.stat().st_size, "sha256": self._hash.hexdigest()}
+
+    def discard(self) -> None:
+        self._stream.close()
+        self._temporary.unlink()
 
 
 class Shard:
@@ -100,13 +124,18 @@ class Shard:
     """
 
     def __init__(self, prefix: Path):
-        idx_path = prefix.with_suffix(".idx")
+        idx_path, bin_path, mask_path = (
+            prefix.with_name(f"{prefix.name}.{ending}") for ending in ("idx", "bin", "mask")
+        )
         with open(idx_path, "rb") as idx:
-            if idx.read(9) != _IDX_HEADER:
+            header = idx.read(34)
+            if header[:9] != _IDX_HEADER or len(header) < 34:
                 raise UserError(f"{idx_path}: not an MMIDIDX index", "prepare the store again")
-            version, code, sequences, documents = struct.unpack("<QBQQ", idx.read(25))
+            version, code, sequences, documents = struct.unpack("<QBQQ", header[9:])
             if version != 1 or code not in _DTYPE_CODES:
                 raise UserError(f"{idx_path}: version {version}, dtype code {code} is not read here", "prepare again")
+            if idx_path.stat().st_size < 34 + 12 * sequences + 8 * documents:
+                raise UserError(f"{idx_path} is cut short", "prepare the store again")
             lengths = np.fromfile(idx, dtype=np.int32, count=sequences)
             pointers = np.fromfile(idx, dtype=np.int64, count=sequences)
             sequence_of_document = np.fromfile(idx, dtype=np.int64, count=documents)
@@ -115,8 +144,7 @@ class Shard:
         if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
             raise UserError(f"{idx_path}: documents do not follow one another", "prepare the store again")
         self.starts = ends[sequence_of_document]
-        self.tokens = np.memmap(prefix.with_suffix(".bin"), dtype=dtype, mode="r")
-        mask_path = prefix.with_suffix(".mask")
+        self.tokens = np.memmap(bin_path, dtype=dtype, mode="r")
         self.mask = np.memmap(mask_path, dtype=np.uint8, mode="r") if mask_path.exists() else None
         if len(self.tokens) != ends[-1] or (self.mask is not None and len(self.mask) != ends[-1]):
             raise UserError(f"{prefix}: the files differ in length", "prepare the store again")
@@ -191,13 +219,7 @@ def open_store(path: Path) -> Store:
     Raises:
         UserError: No store there, or files missing or of another size.
     """
-    manifest = read_manifest(path)
-    for name, entry in _files(manifest):
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing", "prepare the store again")
-        if file.stat().st_size != entry["size"]:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, not {entry['size']}", "prepare the store again")
+    manifest = _check_sizes(path)
     train, validation = (
         Split(path / split, (shard["name"] for shard in manifest["splits"][split]["shards"])) for split in SPLITS
     )
@@ -210,7 +232,7 @@ def verify(path: Path) -> None:
     Raises:
         UserError: The first file that differs.
     """
-    for name, entry in _files(open_store(path).manifest):
+    for name, entry in _files(_check_sizes(path)):
         if sha256(path / name) != entry["sha256"]:
             raise UserError(f"{path / name} is not what was written (its sha256 differs)", "prepare the store again")
 
@@ -221,31 +243,15 @@ def read_manifest(path: Path) -> dict:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} holds no token store", "make one with `tsumugu prepare`") from None
-    if manifest["version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: store version {manifest['version']} is not read here", "prepare the store again")
+    except ValueError as error:
+        raise UserError(f"{path / MANIFEST} is damaged ({error})", "prepare the store again") from None
+    if manifest.get("version") != FORMAT_VERSION:
+        raise UserError(f"{path}: store version {manifest.get('version')} is not read here", "prepare the store again")
     return manifest
 
 
-def describe_shards(path: Path, split: str) -> dict:
-    """The manifest entry of one split, from the files in `path/split`: counts, sizes and hashes."""
-    shards = []
-    for idx in sorted((path / split).glob("*.idx")):
-        shard = Shard(idx.with_suffix(""))
-        files = {
-            file.name: {"size": file.stat().st_size, "sha256": sha256(file)}
-            for file in (idx.with_suffix(ending) for ending in (".bin", ".idx", ".mask"))
-            if file.exists()
-        }
-        shards.append(
-            {
-                "name": idx.stem,
-                "documents": len(shard.starts) - 1,
-                "tokens": len(shard.tokens),
-                "supervised_tokens": int(shard.mask.sum()) if shard.mask is not None else len(shard.tokens),
-                "longest_document": int(np.diff(shard.starts).max()),
-                "files": files,
-            }
-        )
+def describe_split(shards: list[dict]) -> dict:
+    """The manifest entry of one split, from the entries of its shards."""
     return {
         **{key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "supervised_tokens")},
         "longest_document": max((shard["longest_document"] for shard in shards), default=0),
@@ -257,6 +263,17 @@ def sha256(file: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_sizes(path: Path) -> dict:
+    manifest = read_manifest(path)
+    for name, entry in _files(manifest):
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing", "prepare the store again")
+        if file.stat().st_size != entry["size"]:
+            raise UserError(f"{file} has {file.stat().st_size} bytes, not {entry['size']}", "prepare the store again")
+    return manifest
 
 
 def _files(manifest: dict) -> Iterable[tuple[str, dict]]:

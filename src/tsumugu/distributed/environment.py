@@ -5,11 +5,14 @@ A process group always exists, also with one process, so that there is one code 
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,7 @@ def process_group() -> Iterator[Environment]:
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is the only process.
     A group that exists already is used as it is.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -52,3 +54,20 @@ def process_group() -> Iterator[Environment]:
     finally:
         if joined_here:
             dist.destroy_process_group()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Calls `action` on the main process alone; every process gets what it returned, or raises what it raised.
+
+    So nobody waits for a main process that has failed. What it returns or raises must be picklable.
+    """
+    outcome: list = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)  # over gloo, whose timeout leaves time to read large files
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -12,11 +12,8 @@ def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> Dev
     Raises:
         UserError: Degrees that do not.
     """
-    shard, replicate = config.shard_degree, config.replicate_degree
-    if shard is None:
-        shard = world_size // replicate if replicate else world_size
-    if replicate is None:
-        replicate = world_size // shard
+    shard = config.shard_degree or max(1, world_size // (config.replicate_degree or 1))
+    replicate = config.replicate_degree or max(1, world_size // shard)
     if shard * replicate != world_size:
         raise UserError(
             f"parallel.shard_degree {shard} × parallel.replicate_degree {replicate} is not the world size {world_size}",

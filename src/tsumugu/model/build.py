@@ -6,13 +6,15 @@ with the oldest and the newest transformers that the package allows.
 
 import contextlib
 import json
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,18 +30,30 @@ from tsumugu.errors import UserError
 
 
 def read_config(path: str) -> PretrainedConfig:
-    """The configuration in a Hugging Face folder, a config.json, or on the hub."""
+    """The configuration in a Hugging Face folder, a config.json, or on the hub.
+
+    Raises:
+        UserError: There is none, or none that this transformers can read without running code of the folder's.
+    """
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # OSError, ValueError, KeyError or a validation error, by the kind of mistake
+        reason = " ".join(str(error).split())
         raise UserError(f"no model configuration at {path}: {reason}", "give a folder with a config.json") from None
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a configuration on the meta device: names and shapes, no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    """The causal language model of a configuration on the meta device: names and shapes, no memory.
+
+    Raises:
+        UserError: The configuration is none of a causal language model, or contradicts itself.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no causal language model of type {config.model_type}: {reason}", "mend its config") from None
 
 
 def build_model(
@@ -58,12 +72,14 @@ def build_model(
         device: Where this process's shards live.
         master_dtype: dtype of the parameters.
         compute_dtype: dtype in which they are gathered and used.
-        fill: `initialised(seed)`, `pretrained(folder)`, or a function that loads a checkpoint; it is given the model and
-            transformers' conversion mapping, taken before sharding renames the classes by which it is found.
+        fill: `initialised(seed)`, `pretrained(folder)`, or a function that loads a checkpoint; it is given the model
+            and transformers' conversion mapping, taken before sharding renames the classes by which it is found.
     """
     model = meta_model(config, master_dtype)
-    mapping = get_model_conversion_mapping(model)
+    mapping, transformers_module = get_model_conversion_mapping(model), type(model).__module__
     shard(model, decoder_layers(model), mesh, compute_dtype)
+    # transformers takes fully_shard's class for custom code, and does not initialise what GPT-2's attention asks for
+    type(model).__module__ = transformers_module
     model.to_empty(device=device)
     model.tie_weights()
     fill(model, mapping)
@@ -80,7 +96,9 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model by transformers' own initialisation, as a function of the seed alone: equal for every mesh."""
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
-        with _WholeDraws(seed):
+        device = next(model.parameters()).device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), _WholeDraws():
+            torch.manual_seed(seed)
             _run_init_weights(model)
         for module in model.modules():
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
@@ -92,41 +110,48 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
 def pretrained(folder: Path) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model from the weights of a Hugging Face folder, each process reading its own slices.
 
-    The filling raises UserError where weights are missing, unexpected or of another shape.
+    The filling raises UserError, on every process, where weights are missing, unexpected or of another shape.
     """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
         rebuild_buffers(model)
-        with _weights(folder) as state_dict, _quiet():
+        tied = tied_names(model)
+        with _weights(folder) as state_dict, quiet():
             load_config = LoadStateDictConfig(
                 device_map={"": next(model.parameters()).device}, weight_mapping=mapping, dtype=model.dtype
             )
             report, _ = convert_and_load_state_dict_in_model(model, state_dict, load_config)
-        model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+            model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(report)
         faults = {
             "missing": report.missing_keys,
             "unexpected": report.unexpected_keys,
             "of another shape": {key for key, *_ in report.mismatched_keys},
             "not convertible": set(report.conversion_errors),
+            "tied by the config, yet of other values": tied - tied_names(model),  # transformers unties them
         }
-        for fault, keys in faults.items():
+        everywhere: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, faults)  # a shape can differ on one process's slice alone
+        for fault in faults:
+            keys = sorted(set().union(*(faults[fault] for faults in everywhere)))
             if keys:
-                shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+                shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
                 raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
 
     return fill
 
 
 def find_pretrained(name: str) -> Path:
-    """The local folder of a model: the folder itself, or a snapshot of the hub's."""
+    """The local folder of a model: the folder itself, or a snapshot of the hub's (safetensors where it has them)."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns="pytorch_model*.bin")
+        return folder
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.pretrained {name}: no such folder, nor on the hub: {reason}", "check it") from None
@@ -156,31 +181,21 @@ def _run_init_weights(model: PreTrainedModel) -> None:
 
 
 class _WholeDraws(TorchDispatchMode):
-    """Draws every random tensor whole, from one generator, and keeps this process's slice.
+    """Draws what fills a sharded tensor whole, on every process alike, and keeps this process's slice.
 
-    A DTensor on CPUs draws each shard from the same seed, so that the shards of a matrix would be identical.
+    By itself a DTensor on CPUs draws each shard from the same seed, so that the shards of a matrix would be identical.
     """
-
-    def __init__(self, seed: int):
-        super().__init__()
-        self.seed = seed
-        self.generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func not in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+        if torch.Tag.nondeterministic_seeded not in func.tags or not (args and isinstance(args[0], DTensor)):
             return func(*args, **kwargs)
+        assert func.overloadpacket.__name__.endswith("_"), f"{func} draws a new tensor, which is not sliced here"
         tensor = args[0]
-        generator = self.generators.get(tensor.device)
-        if generator is None:
-            generator = self.generators[tensor.device] = torch.Generator(tensor.device).manual_seed(self.seed)
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        func(whole, *args[1:], **{**kwargs, "generator": generator})
-        if isinstance(tensor, DTensor):
-            sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.to_local().copy_(sliced.to_local())
-        else:
-            tensor.copy_(whole)
+        func(whole, *args[1:], **kwargs)
+        sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor.to_local().copy_(sliced.to_local())
         return tensor
 
 
@@ -200,30 +215,39 @@ def _weights(folder: Path) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         state_dict: dict[str, Any] = {}
         for file in _weight_files(folder):
-            if file.suffix == ".safetensors":
-                opened = stack.enter_context(safe_open(file, framework="pt"))
-                state_dict |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            else:
-                state_dict |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                if file.suffix == ".safetensors":
+                    opened = stack.enter_context(safe_open(file, framework="pt"))
+                    state_dict |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                else:  # torch before 1.6 wrote no zip file, and only those can be mapped
+                    mapped = zipfile.is_zipfile(file)
+                    state_dict |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"{file} holds no plain weights: {reason}", "copy the model anew") from None
         yield state_dict
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The files that stock `from_pretrained` would read, in its order of preference."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [file for file in names if not (folder / file).is_file()]
-            if missing or any(Path(file).name != file for file in names):
-                raise UserError(f"{index}: names {', '.join(missing) or 'files elsewhere'}", "copy the model anew")
-            return [folder / file for file in names]
         if (folder / name).exists():
             return [folder / name]
-    raise UserError(f"{folder} holds no weights", "it needs *.safetensors or pytorch_model*.bin")
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{index} is no index of weights", "copy the model anew") from None
+            astray = [file for file in names if Path(file).name != file or not (folder / file).is_file()]
+            if astray:
+                raise UserError(f"{index} names files that are not in the folder: {', '.join(astray)}", "copy them")
+            return [folder / file for file in names]
+    raise UserError(f"{folder} holds no weights", "it needs model*.safetensors or pytorch_model*.bin")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own progress bars, of which every process would draw one."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -1,22 +1,34 @@
 """Floating-point operations of training, and the devices' peaks.
 
 The convention is torchtitan's: 6 N, where N leaves out the input embedding, plus 12 · layers · hidden · sequence for
-attention, whether or not it is causal. Recomputation does not count.
+attention, whether or not it is causal (hidden: heads × head size, which in Qwen3 is not the hidden size). Recomputation
+does not count.
 """
 
 import torch
 from transformers import PreTrainedModel
 
 # dense bf16 peak in FLOP/s, by the vendors' data sheets; the first name that the device's name contains
-_PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
+_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+}
 
 
 def flops(model: PreTrainedModel, tokens: int, squared_lengths: int) -> int:
     """FLOPs of forward and backward over rows with `tokens` inputs in all, and the sum of their squared lengths."""
     parameters = sum(p.numel() for p in model.parameters())
     if not model.config.tie_word_embeddings:
-        parameters -= model.get_input_embeddings().weight.numel()
-    attention = 12 * model.config.num_hidden_layers * model.config.hidden_size * squared_lengths
+        parameters -= sum(p.numel() for p in model.get_input_embeddings().parameters())
+    config = model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_size * squared_lengths
     return 6 * parameters * tokens + attention
 
 

@@ -1,9 +1,11 @@
 """The named shapes.
 
-GPT-NeoX shapes: rotary embedding on the whole head, context 2048, untied head. 3.6b is rinna/japanese-gpt-neox-3.6b and
-7b is cyberagent/open-calm-7b, both by their published config.json; 1b, 6b, 13b and 20b follow the sample that this
-project succeeds. The Llama and Qwen3 shapes are for those who serve with tools that know no GPT-NeoX; their
-vocabulary is the tokenizer's.
+GPT-NeoX shapes: rotary embedding on the whole head, context 2048, untied head; hidden size, layers, heads and
+vocabulary are those of the sample that this project succeeds. Attention and MLP follow one another (sequential
+residual) in 3.6b, as in rinna/japanese-gpt-neox-3.6b, and in 1b and 7b, the shapes of cyberagent/open-calm-1b and -7b
+and of GPT-NeoX's own 1-3B.yml and 6-7B.yml (`gpt_j_residual: false`); they run side by side (parallel residual) in 20b,
+as in GPT-NeoX-20B, in 6b, which has GPT-J's shape, and in 13b and tiny, where no published model decides. The Llama and
+Qwen3 shapes are for those who serve with tools that know no GPT-NeoX; their vocabulary is the tokenizer's.
 """
 
 import dataclasses
@@ -65,7 +67,7 @@ def _qwen3(hidden: int, layers: int, intermediate: int) -> Shape:
 
 PRESETS = {
     "tiny": _neox(192, 4, 4, None, parallel_residual=True),
-    "1b": _neox(2048, 24, 16, 52096, parallel_residual=True),
+    "1b": _neox(2048, 24, 16, 52096, parallel_residual=False),
     "3.6b": _neox(2816, 36, 22, 32000, parallel_residual=False),
     "6b": _neox(4096, 28, 16, 32000, parallel_residual=True),
     "7b": _neox(4096, 32, 32, 32000, parallel_residual=False),

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from transformers import PreTrainedModel
 
 from tsumugu.data.store import sha256
+from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
 from tsumugu.model.build import rebuild_buffers, tied_names
 
@@ -32,7 +33,7 @@ COMPLETE = "COMPLETE"
 STATE = "state.json"
 
 
-def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict) -> Path:
+def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Writes the checkpoint of a step; every process calls it.
 
     Args:
@@ -41,47 +42,57 @@ def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.opti
         model: The sharded model.
         optimizer: Its optimizer.
         state: What goes to state.json, equal on every process.
-
-    Raises:
-        UserError: No space left.
     """
     final = folder(run_dir, step)
     temporary = final.with_name(f".{final.name}")
-    if dist.get_rank() == 0:
-        for leftover in (temporary, final):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    contents = {"model": _model_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     try:
-        dcp.save(contents, checkpoint_id=temporary)
-    except CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if any(_is_disk_full(cause) for cause in causes):
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"no space left to write {final}", "free space, then start again: it resumes") from None
+        on_main(lambda: _clear(temporary))
+        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
+        on_main(lambda: _complete(temporary, final, state))
+    except (OSError, CheckpointException):
+        if dist.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not left full
         raise
-    if dist.get_rank() == 0:
-        (temporary / STATE).write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
-        files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
-        for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
-        temporary.rename(final)
-        marker = final / f".{COMPLETE}"
-        marker.write_text(json.dumps(files, indent=1), encoding="utf-8")
-        _flush(marker)
-        marker.rename(final / COMPLETE)
-        _flush(final)
-        _flush(final.parent)
-    dist.barrier()
-    return final
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints (main process)."""
-    for step in complete_steps(run_dir)[:-keep]:
-        (folder(run_dir, step) / COMPLETE).unlink()  # first no longer a checkpoint, then no longer there
-        shutil.rmtree(folder(run_dir, step))
+def _clear(temporary: Path) -> None:
+    """Makes the empty folder, and deletes what killed saves and deletions have left."""
+    for leftover in temporary.parent.glob(".step-*"):
+        shutil.rmtree(leftover)
+    for path in temporary.parent.glob("step-*"):
+        if not (path / COMPLETE).exists():
+            shutil.rmtree(path)
+    temporary.mkdir(parents=True)
+
+
+def _complete(temporary: Path, final: Path, state: dict) -> None:
+    (temporary / STATE).write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
+    files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
+    for file in [*temporary.iterdir(), temporary]:
+        _flush(file)
+    if final.exists():  # a damaged one, which was passed over
+        _delete(final)
+    temporary.rename(final)
+    marker = final / f".{COMPLETE}"
+    marker.write_text(json.dumps(files, indent=1), encoding="utf-8")
+    _flush(marker)
+    marker.rename(final / COMPLETE)
+    _flush(final)
+    _flush(final.parent)
+
+
+def prune(run_dir: Path, step: int, keep: int) -> None:
+    """Deletes all but the newest `keep` complete checkpoints up to `step`, the one just saved (main process).
+
+    Later ones were passed over as damaged when the run resumed, and do not count.
+    """
+    for old in [saved for saved in complete_steps(run_dir) if saved <= step][:-keep]:
+        _delete(folder(run_dir, old))
+
+
+def _delete(path: Path) -> None:
+    (path / COMPLETE).unlink(missing_ok=True)  # first no longer a checkpoint, then no longer there
+    shutil.rmtree(path)
 
 
 def complete_steps(run_dir: Path) -> list[int]:
@@ -96,17 +107,27 @@ def newest(run_dir: Path, report: Callable[[str], None]) -> int | None:
     Args:
         run_dir: The run folder.
         report: Called with a line for every checkpoint that is damaged and passed over.
+
+    Raises:
+        UserError: There were checkpoints, and none of them is whole: starting over would write over the run.
     """
-    found: list[int | None] = [None]
-    if dist.get_rank() == 0:
+
+    def find() -> int | None:
+        damaged = False
         for path in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
             fault = _fault(path, hashes=True)
             if fault is None:
-                found = [int(path.name.removeprefix("step-"))]
-                break
+                return int(path.name.removeprefix("step-"))
             report(f"{path} is passed over: {fault}")
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+            damaged = damaged or (path / COMPLETE).exists()
+        if damaged:
+            raise UserError(
+                f"every checkpoint of {run_dir} is damaged",
+                f"choose another --run-dir, or delete {run_dir / 'checkpoints'} to start this run over",
+            )
+        return None
+
+    return on_main(find)
 
 
 def read_state(run_dir: Path, step: int) -> dict:
@@ -128,6 +149,9 @@ def weights(path: Path) -> Callable[[PreTrainedModel, list], None]:
 
 def load_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Loads the optimizer's state from a checkpoint, on any mesh."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    if not any(name.startswith("optimizer.") for name in stored):
+        return
     contents: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(contents, checkpoint_id=path)
     set_optimizer_state_dict(model, optimizer, contents["optimizer"])
@@ -157,10 +181,17 @@ def resolve(reference: str) -> tuple[Path, int]:
 
 
 def check(path: Path) -> None:
-    """Raises UserError where a checkpoint's files are not what was written."""
+    """Raises UserError where a checkpoint's files are not what was written (on one process: it reads them whole)."""
     fault = _fault(path, hashes=True)
     if fault:
         raise UserError(f"{path} is damaged: {fault}", "name another step, as RUN@STEP")
+
+
+def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: dict[str, Any] = {"model": _model_state(model)}
+    if optimizer.state:  # before its first step it has none, and torch would take a step to make one
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    return state
 
 
 def _model_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -182,12 +213,18 @@ def _fault(path: Path, hashes: bool) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != entry["size"]:
             return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
-        if hashes and sha256(file) != entry["sha256"]:
-            return f"{name} has another sha256"
+        try:
+            if hashes and sha256(file) != entry["sha256"]:
+                return f"{name} has another sha256"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 
-def _is_disk_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error means that no space was left, on this or, for a CheckpointException, any process."""
+    if isinstance(error, CheckpointException):
+        return any(is_disk_full(cause) for cause, _ in error.failures.values())
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

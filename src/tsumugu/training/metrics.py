@@ -23,10 +23,11 @@ class Metrics:
     """
 
     def __init__(self, run_dir: Path, step: int, max_steps: int, trackers: list[str]):
-        path = run_dir / METRICS
+        path, rewritten = run_dir / METRICS, run_dir / f".{METRICS}"
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = open(path, "a", encoding="utf-8")
+        rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        rewritten.replace(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = _tensorboard(run_dir, step) if "tensorboard" in trackers else None
         self._bar = tqdm(total=max_steps, initial=step, unit="step", desc=run_dir.name, disable=None)
 

@@ -25,7 +25,7 @@ def learning_rate(step: int, total_steps: int, peak: float, config: ScheduleConf
         return peak
     progress = (step - start) / (total_steps - start)
     if shape == "exponential":
-        return peak * (floor / peak) ** progress
+        return floor * (peak / floor) ** (1 - progress)
     remaining = {
         "linear": 1 - progress,
         "cosine": (1 + math.cos(math.pi * progress)) / 2,

@@ -3,7 +3,10 @@
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
+
+_ECHO_SECONDS = 5.0
 
 
 class StopRequest:
@@ -11,6 +14,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
+        self.time = 0.0
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -18,16 +22,18 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """While active, the first SIGTERM or SIGINT sets the request; a second SIGTERM ends the process at once.
+    """While active, the first SIGTERM or SIGINT sets the request; one that comes later ends the process at once.
 
-    SIGTERM after SIGINT does not: Ctrl-C on a terminal reaches a process directly, and again through its launcher.
+    One within five seconds does not: Ctrl-C on a terminal, Slurm and others signal every process of a job, so that the
+    same request arrives directly and again through torchrun.
     """
     request = StopRequest()
 
     def handle(number: int, _frame) -> None:
-        if number == request.signal == signal.SIGTERM:
+        if request.signal is None:
+            request.signal, request.time = number, time.monotonic()
+        elif time.monotonic() - request.time > _ECHO_SECONDS:
             os._exit(128 + number)
-        request.signal = request.signal or number
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

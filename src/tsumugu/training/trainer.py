@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
@@ -22,7 +23,7 @@ from tsumugu.config import TrainingRun
 from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
 from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
 from tsumugu.data.store import Store, open_store
-from tsumugu.distributed.environment import Environment, process_group
+from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.errors import UserError
 from tsumugu.model import build
@@ -55,10 +56,15 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     Every process of a torchrun job calls it; without torchrun this is the only process.
 
     Raises:
-        UserError: A configuration, store, model or checkpoint that cannot be used.
+        UserError: A configuration, store, model or checkpoint that cannot be used, or a full disk.
     """
-    with process_group() as environment, stop_requests() as request:
-        return Trainer(config, run_dir, environment).train(request)
+    try:
+        with process_group() as environment, stop_requests() as request:
+            return Trainer(config, run_dir, environment).train(request)
+    except (OSError, CheckpointException) as error:
+        if checkpoint.is_disk_full(error):
+            raise UserError(f"no space left to write {run_dir}", "free space, then start again: it resumes") from None
+        raise
 
 
 class Trainer:
@@ -80,40 +86,47 @@ class Trainer:
         check_schedule(self.max_steps, config.schedule)
 
         resumed_step = checkpoint.newest(run_dir, report=lambda line: print(line, flush=True))
-        model_config = _model_config(config, contract, environment, run_dir if resumed_step is not None else None)
-        self.identity = _identity(config, store, model_config, self.max_steps, self.total_rows)
-        self.template, self.add_bos = store.manifest["template"], store.manifest["add_bos"]
+        resumed = resumed_step is not None
+        saved = checkpoint.folder(run_dir, resumed_step) if resumed else on_main(lambda: _start_from(config))
+        self.model_config = _model_config(config, contract, environment, saved, resumed)
+        dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        self.identity = _identity(config, store, self.model_config, self.max_steps, self.total_rows, dtype)
+        self.store = store
 
         self.step, self.tokens_seen, self.supervised_tokens_seen = 0, 0, 0
-        if resumed_step is not None:
+        if resumed:
             state = checkpoint.read_state(run_dir, resumed_step)
             _check_identity(state["identity"], self.identity, run_dir)
             self.step, self.tokens_seen = state["step"], state["tokens_seen"]
             self.supervised_tokens_seen = state["supervised_tokens_seen"]
-            fill = checkpoint.weights(checkpoint.folder(run_dir, resumed_step))
-        else:
-            fill = _starting_weights(config, environment)
 
-        compute_dtype, master_dtype = _dtypes(config, self.device)
+        compute_dtype = _DTYPES[dtype]
+        master_dtype = torch.float64 if dtype == "float64" else torch.float32
+        fill = checkpoint.weights(saved) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
-        self.model = build.build_model(model_config, mesh, self.device, master_dtype, compute_dtype, fill)
+        self.model = build.build_model(self.model_config, mesh, self.device, master_dtype, compute_dtype, fill)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        if resumed_step is not None:
+        if resumed:
             checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
 
-        self.token_bytes = torch.zeros(model_config.vocab_size, dtype=torch.int64, device=self.device)
+        self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
-        self.metrics = None
-        if environment.is_main:
-            _write_run_folder(run_dir, config, model_config, store)
-            self.metrics = Metrics(run_dir, self.step, self.max_steps, list(config.train.log_to))
-        dist.barrier()
+        self.metrics: Metrics | None = None
 
     def train(self, request: StopRequest) -> Outcome:
         """Takes the steps that are left; ends early, with a checkpoint, once any process is asked to stop."""
         if self.step == self.max_steps:
             return Outcome(self.step, self.max_steps, already_done=True)
+        on_main(self._open_run_folder)
+        try:
+            self._take_steps(request)
+        finally:
+            if self.metrics:
+                self.metrics.close()
+        return Outcome(self.step, self.max_steps, interrupted=self.step < self.max_steps)
+
+    def _take_steps(self, request: StopRequest) -> None:
         if self.step == 0:
             self.evaluate()
         interval = _Interval()
@@ -129,15 +142,10 @@ class Trainer:
                 self.metrics.advance()
             if _due(self.step, self.config.evaluate.every) or last:
                 self.evaluate()
-                interval.start = time.perf_counter()
             if _due(self.step, self.config.checkpoint.every) or last or stop:
                 self.save()
-                interval.start = time.perf_counter()
-            if stop and not last:
+            if stop:
                 break
-        if self.metrics:
-            self.metrics.close()
-        return Outcome(self.step, self.max_steps, interrupted=self.step < self.max_steps)
 
     def train_step(self, request: StopRequest) -> tuple["StepFigures", bool]:
         """One optimizer step, and whether any process was asked to stop.
@@ -146,9 +154,7 @@ class Trainer:
         """
         started = time.perf_counter()
         torch.manual_seed(self._step_seed())
-        batches = training_batches(
-            self.train_rows, self.step, self.share, self.config.train.seed, self.total_rows
-        )
+        batches = training_batches(self.train_rows, self.step, self.share, self.config.train.seed, self.total_rows)
         data_seconds = time.perf_counter() - started
         counts = [
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
@@ -181,7 +187,8 @@ class Trainer:
                 "lower optimizer.learning_rate or lengthen schedule.warmup_steps; "
                 f"{self.run_dir} resumes from its newest checkpoint",
             )
-        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, data_seconds)
+        seconds = time.perf_counter() - started
+        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, seconds, data_seconds)
         return figures, reduced[1].item() > 0
 
     @torch.no_grad()
@@ -217,13 +224,18 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "supervised_tokens_seen": self.supervised_tokens_seen,
-            "template": self.template,
-            "add_bos": self.add_bos,
+            "template": self.store.manifest["template"],
+            "add_bos": self.store.manifest["add_bos"],
             "identity": self.identity,
         }
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
-        if self.environment.is_main:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep)
+        on_main(lambda: checkpoint.prune(self.run_dir, self.step, self.config.checkpoint.keep))
+
+    def _open_run_folder(self) -> None:
+        if self.step == 0:
+            _write_origin(self.run_dir, self.model_config, self.store)
+        configuration.write(self.config, self.run_dir / "config.yaml")
+        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -252,7 +264,7 @@ class Trainer:
     def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
         if not self.metrics:
             return
-        seconds = time.perf_counter() - interval.start
+        seconds = interval.seconds
         world_size = self.environment.world_size
         tokens_per_second = interval.tokens / seconds
         flops_per_second = flops(self.model, interval.tokens, interval.squared_lengths) / seconds / world_size
@@ -279,12 +291,13 @@ class Trainer:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """loss (nats a supervised token) and gradient norm of one step; tokens and squared row lengths, over all devices."""
+    """Of one step: loss (nats a supervised token), gradient norm; tokens and squared row lengths, over all devices."""
 
     loss: float
     grad_norm: float
     tokens: int
     squared_lengths: int
+    seconds: float
     data_seconds: float
 
 
@@ -292,13 +305,14 @@ class _Interval:
     """Sums since the last line of metrics."""
 
     def __init__(self):
-        self.start = time.perf_counter()
-        self.steps, self.tokens, self.squared_lengths, self.data_seconds = 0, 0, 0, 0.0
+        self.steps, self.tokens, self.squared_lengths = 0, 0, 0
+        self.seconds, self.data_seconds = 0.0, 0.0
 
     def add(self, figures: StepFigures) -> None:
         self.steps += 1
         self.tokens += figures.tokens
         self.squared_lengths += figures.squared_lengths
+        self.seconds += figures.seconds
         self.data_seconds += figures.data_seconds
 
 
@@ -332,7 +346,7 @@ def _length(config: TrainingRun, rows: int) -> tuple[int, int]:
     """Steps of the run, and the position from which rows are empty."""
     train, batch = config.train, config.train.global_batch_size
     if train.max_epochs is not None:
-        total_rows = math.ceil(train.max_epochs * rows)
+        total_rows = max(1, math.ceil(round(train.max_epochs * rows, 6)))  # 1.1 × 10 is 11.000000000000002
         return math.ceil(total_rows / batch), total_rows
     if train.max_tokens is not None:
         if config.data.packing != "concatenate":
@@ -347,33 +361,38 @@ def _length(config: TrainingRun, rows: int) -> tuple[int, int]:
     return steps, steps * batch
 
 
-def _dtypes(config: TrainingRun, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
-    """Compute dtype and dtype of the masters."""
-    name = config.train.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    return _DTYPES[name], torch.float64 if name == "float64" else torch.float32
+def _start_from(config: TrainingRun) -> Path | None:
+    """The checkpoint that train.start_from names, read through once (main process)."""
+    if config.train.start_from is None:
+        return None
+    path = checkpoint.folder(*checkpoint.resolve(config.train.start_from))
+    checkpoint.check(path)
+    return path
 
 
 def _model_config(
-    config: TrainingRun, contract: Contract, environment: Environment, resumed: Path | None
+    config: TrainingRun, contract: Contract, environment: Environment, saved: Path | None, resumed: bool
 ) -> PretrainedConfig:
-    """The configuration of the model, checked against tokenizer and sequence length."""
+    """The configuration of the model, checked against tokenizer and sequence length.
+
+    `saved` is the checkpoint that the weights come from, if they do; `resumed` says whether it is the run's own.
+    """
     model = config.model
     if model.preset is not None:
         result = preset_config(model.preset, contract)
     elif model.config is not None:
         result = build.read_config(model.config)
-    elif resumed is not None:  # what the run started from need not exist any more
-        result = build.read_config(str(resumed / "model"))
-    elif model.pretrained is not None:
+    elif saved is not None:  # of a run that resumes: what it started from need not exist any more
+        run_dir = saved.parents[1]
+        result = build.read_config(str(run_dir / "model"))
+        if not resumed:
+            _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", str(config.train.start_from))
+    else:
+        assert model.pretrained is not None
         name = model.pretrained
         folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
         result = build.read_config(str(folder))
         _check_tokenizer(config.tokenizer.path or str(folder), contract, "model.pretrained", name)
-    else:
-        assert config.train.start_from is not None
-        run_dir, _ = checkpoint.resolve(config.train.start_from)
-        result = build.read_config(str(run_dir / "model"))
-        _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", config.train.start_from)
     if contract.vocab_size > result.vocab_size:
         raise UserError(
             f"the store's tokenizer has {contract.vocab_size} ids, the model only {result.vocab_size}",
@@ -398,21 +417,17 @@ def _check_tokenizer(path: str, contract: Contract, key: str, name: str) -> None
         raise UserError(f"the store was made with another tokenizer than {key} {name}", f"prepare it with {path}")
 
 
-def _starting_weights(config: TrainingRun, environment: Environment):
+def _starting_weights(config: TrainingRun):
     if config.model.pretrained is not None:
         return build.pretrained(build.find_pretrained(config.model.pretrained))
-    if config.train.start_from is not None:
-        path = checkpoint.folder(*checkpoint.resolve(config.train.start_from))
-        checkpoint.check(path)
-        return checkpoint.weights(path)
     return build.initialised(config.train.seed)
 
 
 def _identity(
-    config: TrainingRun, store: Store, model_config: PretrainedConfig, max_steps: int, total_rows: int
+    config: TrainingRun, store: Store, model_config: PretrainedConfig, max_steps: int, total_rows: int, dtype: str
 ) -> dict:
     """What must not change when a run is resumed: everything that its numbers depend on, but for the mesh."""
-    content = json.dumps(store.manifest["splits"], sort_keys=True).encode()
+    content = json.dumps([store.fingerprint, store.manifest["splits"]], sort_keys=True).encode()
     volatile = ("transformers_version", "_name_or_path", "dtype", "architectures")
     shape = {key: value for key, value in model_config.to_dict().items() if key not in volatile}
     return {
@@ -423,7 +438,7 @@ def _identity(
         "the length of the run in rows": total_rows,
         "train.global_batch_size": config.train.global_batch_size,
         "train.seed": config.train.seed,
-        "train.dtype": config.train.dtype,
+        "train.dtype": dtype,
         **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
         **{f"schedule.{key}": value for key, value in dataclasses.asdict(config.schedule).items()},
         **{f"the model's {key}": value for key, value in json.loads(json.dumps(shape, default=str)).items()},
@@ -439,8 +454,8 @@ def _check_identity(saved: dict, identity: dict, run_dir: Path) -> None:
             )
 
 
-def _write_run_folder(run_dir: Path, config: TrainingRun, model_config: PretrainedConfig, store: Store) -> None:
+def _write_origin(run_dir: Path, model_config: PretrainedConfig, store: Store) -> None:
+    """What every checkpoint of the run needs beside it; written once, since a run may be killed while it resumes."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    configuration.write(config, run_dir / "config.yaml")
     model_config.save_pretrained(run_dir / "model")
     shutil.copytree(store.path / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)

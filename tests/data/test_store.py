@@ -1,0 +1,159 @@
+"""The token store against megatron-core's reader and writer, and its checks."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.stores import write_store
+
+from tsumugu.data.store import Shard, ShardWriter, Split, describe_split, open_store, sha256, token_dtype, verify
+from tsumugu.errors import UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+
+
+def _documents(highest_id: int, number: int = 40, seed: int = 0) -> list[np.ndarray]:
+    draw = np.random.default_rng(seed)
+    documents = [draw.integers(0, highest_id, size=length) for length in draw.integers(1, 90, size=number)]
+    documents[3][0] = highest_id
+    return documents
+
+
+def _write(prefix: Path, documents: list[np.ndarray], dtype: type, masks: list[np.ndarray] | None = None) -> dict:
+    writer = ShardWriter(prefix, dtype, supervised=masks is not None)
+    for index, ids in enumerate(documents):
+        writer.add(ids, masks[index] if masks else None)
+    entry = writer.close()
+    assert entry is not None
+    return entry
+
+
+@pytest.mark.parametrize("vocab_size", [2, 65_499, 65_500, 65_501, 250_000])
+def test_ids_have_the_width_that_megatron_gives_them(vocab_size: int):
+    assert token_dtype(vocab_size) is megatron.DType.optimal_dtype(vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500, 151_936])
+def test_megatron_reads_what_we_write(tmp_path: Path, vocab_size: int):
+    documents = _documents(vocab_size - 1)
+    _write(tmp_path / "00000", documents, token_dtype(vocab_size))
+    theirs = megatron.IndexedDataset(str(tmp_path / "00000"))
+    assert len(theirs) == len(documents)
+    assert list(theirs.document_indices) == list(range(len(documents) + 1))
+    assert list(theirs.sequence_lengths) == [len(ids) for ids in documents]
+    for found, written in zip(theirs[:], documents, strict=True):
+        assert found.dtype == token_dtype(vocab_size)
+        np.testing.assert_array_equal(found, written)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_we_read_what_megatron_writes(tmp_path: Path, dtype: type):
+    documents = _documents(60_000)
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "00000.bin"), dtype=dtype)
+    for ids in documents:  # up to three sequences a document
+        parts = [part for part in np.array_split(ids, 3) if len(part)]
+        builder.add_document(np.concatenate(parts), [len(part) for part in parts])
+    builder.finalize(str(tmp_path / "00000.idx"))
+    split = Split(tmp_path, ["00000"])
+    assert split.documents == len(documents)
+    for index, written in enumerate(documents):
+        ids, mask = split.document(index)
+        np.testing.assert_array_equal(ids, written)
+        assert mask.all()
+
+
+def test_shards_are_one_stream(tmp_path: Path):
+    parts = [_documents(500, number=7, seed=seed) for seed in range(3)]
+    masks = [[ids % 3 == 0 for ids in documents] for documents in parts]
+    for number, documents in enumerate(parts):
+        _write(tmp_path / f"{number:05d}", documents, np.uint16, masks[number])
+    split = Split(tmp_path, ["00000", "00001", "00002"])
+    everything = [ids for documents in parts for ids in documents]
+    stream = np.concatenate(everything)
+    assert (split.tokens, split.documents) == (len(stream), len(everything))
+    draw = np.random.default_rng(1)
+    for start, stop in np.sort(draw.integers(0, len(stream) + 1, size=(200, 2)), axis=1):
+        if start < stop:
+            ids, mask = split.read(int(start), int(stop))
+            np.testing.assert_array_equal(ids, stream[start:stop])
+            np.testing.assert_array_equal(mask, stream[start:stop] % 3 == 0)
+    for index, written in enumerate(everything):
+        ids, mask = split.document(index)
+        np.testing.assert_array_equal(ids, written)
+        np.testing.assert_array_equal(mask, written % 3 == 0)
+
+
+def test_a_shard_is_described_as_it_lies_on_disk(tmp_path: Path):
+    documents = _documents(500)
+    entry = _write(tmp_path / "00007", documents, np.uint16, [ids % 2 for ids in documents])
+    assert sorted(entry["files"]) == sorted(path.name for path in tmp_path.iterdir())
+    for name, file in entry["files"].items():
+        assert file == {"size": (tmp_path / name).stat().st_size, "sha256": sha256(tmp_path / name)}
+    split = describe_split([entry, entry])
+    assert split["documents"] == 2 * len(documents)
+    assert split["tokens"] == 2 * sum(map(len, documents))
+    assert split["supervised_tokens"] == 2 * sum(int((ids % 2).sum()) for ids in documents)
+    assert split["longest_document"] == max(map(len, documents))
+
+
+def test_an_empty_shard_leaves_no_file_and_an_unfinished_one_no_final_name(tmp_path: Path):
+    assert ShardWriter(tmp_path / "empty" / "00000", np.uint16, supervised=True).close() is None
+    assert list((tmp_path / "empty").iterdir()) == []
+    writer = ShardWriter(tmp_path / "killed" / "00000", np.uint16, supervised=True)
+    writer.add(np.array([1, 2]), np.array([0, 1]))
+    assert all(path.name.startswith(".") for path in (tmp_path / "killed").iterdir())
+
+
+def _store(path: Path) -> Path:
+    return write_store(path / "store", [[5, 6, 7], [8, 9, 10]], [[5, 6, 7]], masks=[[0, 0, 1], [0, 1, 1]])
+
+
+@pytest.mark.parametrize("name", ["train/00000.bin", "train/00000.idx", "train/00000.mask", "validation/00000.bin"])
+def test_verify_finds_a_flipped_bit_in_every_file(tmp_path: Path, name: str):
+    store = _store(tmp_path)
+    verify(store)
+    content = (store / name).read_bytes()
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << (position % 8)
+        (store / name).write_bytes(changed)
+        with pytest.raises(UserError, match=name.split("/")[1]):
+            verify(store)
+
+
+@pytest.mark.parametrize("name", ["train/00000.bin", "train/00000.idx", "train/00000.mask", "validation/00000.bin"])
+def test_opening_finds_a_missing_and_a_shortened_file(tmp_path: Path, name: str):
+    store = _store(tmp_path)
+    assert open_store(store).train.documents == 2
+    (store / name).write_bytes((store / name).read_bytes()[:-1])
+    with pytest.raises(UserError, match=name):
+        open_store(store)
+    (store / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        open_store(store)
+
+
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"version": 99}), json.dumps({"name": "other"})])
+def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str):
+    store = _store(tmp_path)
+    (store / "manifest.json").write_text(content)
+    with pytest.raises(UserError):
+        open_store(store)
+
+
+@pytest.mark.parametrize("length", [0, 5, 20, 34, 60])
+def test_an_index_cut_short_is_refused(tmp_path: Path, length: int):
+    _write(tmp_path / "00000", _documents(500), np.uint16)
+    idx = tmp_path / "00000.idx"
+    idx.write_bytes(idx.read_bytes()[:length])
+    with pytest.raises(UserError, match=r"00000\.idx"):
+        Shard(tmp_path / "00000")
+
+
+def test_a_folder_without_a_store_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no token store"):
+        open_store(tmp_path / "nothing")

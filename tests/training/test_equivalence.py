@@ -1,0 +1,235 @@
+"""However a step is split into processes and micro batches, it is the same step: that of a plain PyTorch loop.
+
+The reference is stock transformers on whole weights, one unpadded row at a time, the sum of all token losses over their
+number, and torch's AdamW in its plainest form.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import stock_model, tiny_config
+from support.ranks import run_ranks
+from support.runs import run_config, whole
+from support.stores import random_documents, write_store
+from transformers import AutoModelForCausalLM
+from transformers.models.bloom import modeling_bloom
+
+from tsumugu.data.sampler import row_at
+from tsumugu.distributed.environment import process_group
+from tsumugu.training.signals import StopRequest
+from tsumugu.training.trainer import Trainer
+
+MODELS = {
+    "gpt_neox parallel": ("gpt_neox", False, {"use_parallel_residual": True}),
+    "gpt_neox sequential": ("gpt_neox", False, {"use_parallel_residual": False}),
+    "gpt2 tied": ("gpt2", True, {}),
+    "llama": ("llama", False, {}),
+    "qwen3 tied": ("qwen3", True, {}),
+    "bloom tied": ("bloom", True, {}),
+}
+PACKINGS = ("pad_left", "concatenate")
+# (processes, shard degree, rows of a micro batch)
+SPLITS = {"1 process": (1, 1, 4), "2 accumulations": (1, 1, 2), "2 shards": (2, 2, 2), "2 × 2": (4, 2, 1)}
+STEPS, BATCH, WIDTH, ROWS, SEED = 5, 4, 16, 18, 7
+LEARNING_RATE, FLOOR, WARMUP, DECAY, CLIP = 1e-2, 1e-3, 2, 0.1, 0.8
+SKIPPED_STEP = 2
+
+
+def dtypes(split: str) -> list[str]:
+    return ["float64", "float32"] if split in ("1 process", "2 × 2") else ["float64"]
+
+
+@contextlib.contextmanager
+def exact_bloom() -> Iterator[None]:
+    """transformers' BLOOM takes its softmax in float32, also in float64: there it would be exact to 1e-7 alone, and a
+    query that is all padding would be NaN, since float64's smallest number, its mask, is minus infinity in float32.
+    """
+
+    def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return F.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, dtype))
+
+    modeling_bloom.F = SimpleNamespace(**vars(F) | {"softmax": softmax})
+    try:
+        yield
+    finally:
+        modeling_bloom.F = F
+
+
+@dataclass
+class Result:
+    """Losses and gradient norms of every step, and the weights after the last."""
+
+    losses: np.ndarray
+    norms: np.ndarray
+    weights: dict[str, torch.Tensor]
+
+
+def order() -> np.ndarray:
+    return row_at(np.arange(ROWS), ROWS, SEED)
+
+
+def documents() -> tuple[list[list[int]], list[list[int]]]:
+    """Documents and masks: none supervised on rank 0 of two in step 0, nor anywhere in step 2; unevenly elsewhere."""
+    ids = random_documents(ROWS, seed=1)
+    masks = [[int(position >= 1 + index % 5) for position in range(len(ids[index]))] for index in range(ROWS)]
+    for index in order()[[0, 1, 8, 9, 10, 11]]:
+        masks[index] = [0] * len(ids[index])
+    return ids, masks
+
+
+def stream() -> list[int]:
+    """The tokens of 18 rows, the last of them short."""
+    return [id for document in random_documents(60, seed=2) for id in document][: WIDTH * (ROWS - 1) + 6]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of every architecture, and a store of every packing."""
+    folder = tmp_path_factory.mktemp("equivalence")
+    for name, (architecture, tied, changes) in MODELS.items():
+        stock_model(tiny_config(architecture, tied, **changes)).save_pretrained(folder / name)
+    ids, masks = documents()
+    write_store(folder / "pad_left", ids, masks=masks)
+    write_store(folder / "concatenate", [stream()])
+    return folder
+
+
+def train_all(folder: Path, run_dir: Path, splits: list[str]) -> dict[tuple[str, str, str, str], Result]:
+    """Five steps of every model, packing and dtype in each of the splits, on the processes at hand."""
+    results = {}
+    with process_group() as environment, exact_bloom():
+        for split in splits:
+            _, shard_degree, micro_batch = SPLITS[split]
+            for model in MODELS:
+                for packing in PACKINGS:
+                    for dtype in dtypes(split):
+                        changes = {
+                            "model.pretrained": str(folder / model),
+                            "tokenizer.path": str(folder / packing / "tokenizer"),
+                            "data.packing": packing,
+                            "data.sequence_length": WIDTH,
+                            "train.max_epochs": 1.0,
+                            "train.global_batch_size": BATCH,
+                            "train.micro_batch_size": micro_batch,
+                            "train.seed": SEED,
+                            "train.dtype": dtype,
+                            "optimizer.learning_rate": LEARNING_RATE,
+                            "optimizer.weight_decay": DECAY,
+                            "optimizer.max_grad_norm": CLIP,
+                            "schedule.warmup_steps": WARMUP,
+                            "schedule.min_learning_rate": FLOOR,
+                            "parallel.shard_degree": shard_degree,
+                        }
+                        trainer = Trainer(run_config(folder / packing, changes), run_dir, environment)
+                        assert trainer.max_steps == STEPS
+                        steps = []
+                        for _ in range(STEPS):
+                            steps.append(trainer.train_step(StopRequest())[0])
+                            trainer.step += 1
+                        results[model, packing, dtype, split] = Result(
+                            np.array([step.loss for step in steps]),
+                            np.array([step.grad_norm for step in steps]),
+                            {name: whole(weight) for name, weight in trainer.model.named_parameters()},
+                        )
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str, str], Result]:
+    run_dir = tmp_path_factory.mktemp("runs")
+    return {
+        **train_all(folder, run_dir, ["1 process", "2 accumulations"]),
+        **run_ranks(train_all, 2, folder, run_dir, ["2 shards"])[0],
+        **run_ranks(train_all, 4, folder, run_dir, ["2 × 2"])[0],
+    }
+
+
+def reference_rows(packing: str) -> list[list[tuple[list[int], list[int]]]]:
+    """(inputs, labels) of the rows of every step, without any padding."""
+    if packing == "pad_left":
+        ids, masks = documents()
+        rows = [
+            (i[:-1], [label if kept else -100 for label, kept in zip(i[1:], m[1:], strict=True)])
+            for i, m in zip(ids, masks, strict=True)
+        ]
+    else:
+        tokens = stream()
+        rows = [
+            (tokens[start : start + WIDTH][: len(tokens) - 1 - start], tokens[start + 1 : start + 1 + WIDTH])
+            for start in range(0, len(tokens) - 1, WIDTH)
+        ]
+    assert len(rows) == ROWS
+    shuffled = [rows[index] for index in order()]
+    return [shuffled[start : start + BATCH] for start in range(0, ROWS, BATCH)]
+
+
+def reference(folder: Path, model_name: str, packing: str) -> Result:
+    """A plain loop in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder / model_name, dtype=torch.float64)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False,
+    )  # fmt: skip
+    losses, norms = [], []
+    for step, rows in enumerate(reference_rows(packing), start=1):
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        for inputs, labels in rows:
+            logits = model(torch.tensor([inputs])).logits[0]
+            total = total + F.cross_entropy(logits, torch.tensor(labels), ignore_index=-100, reduction="sum")
+            count += sum(label != -100 for label in labels)
+        if count == 0:
+            losses.append(math.nan)
+            norms.append(0.0)
+            continue
+        loss = total / count
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
+        for parameter in model.parameters():
+            parameter.grad *= min(1.0, CLIP / (norm + 1e-6))
+        cosine = (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * step / WARMUP if step <= WARMUP else FLOOR + (LEARNING_RATE - FLOOR) * cosine
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(norm)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Result(np.array(losses), np.array(norms), weights)
+
+
+def largest_difference(result: Result, expected: Result) -> float:
+    assert result.weights.keys() == expected.weights.keys()
+    differences = [float((result.weights[name] - expected.weights[name]).abs().max()) for name in expected.weights]
+    return max(
+        np.nanmax(np.abs(result.losses - expected.losses)), np.abs(result.norms - expected.norms).max(), *differences
+    )
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_split_trains_as_a_plain_loop_does(model: str, packing: str, folder: Path, results: dict):
+    with exact_bloom():
+        expected = reference(folder, model, packing)
+    skipped = [step == SKIPPED_STEP and packing == "pad_left" for step in range(STEPS)]
+    assert np.isnan(expected.losses).tolist() == skipped
+    assert (expected.norms > CLIP).any()
+    for split in SPLITS:
+        for dtype in dtypes(split):
+            result = results[model, packing, dtype, split]
+            assert np.isnan(result.losses).tolist() == skipped
+            assert all(weight.isfinite().all() for weight in result.weights.values())
+            if dtype == "float64":
+                assert largest_difference(result, expected) < 1e-10
+            else:
+                np.testing.assert_allclose(result.losses, expected.losses, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(result.norms, expected.norms, rtol=1e-5)
