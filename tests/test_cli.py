@@ -1,6 +1,7 @@
 """The command line: what a user gets wrong is one line that says what, where and how to mend it, and exit code 2."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -169,13 +170,13 @@ def test_another_model_or_length_in_the_same_run_folder(made, refused):
     line = refused("train", "--config", made / "train.yaml", "--run-dir", made / "run", "--model.preset=llama-1b")
     assert "checkpoint of another run" in line
     line = refused("train", "--config", made / "train.yaml", "--run-dir", made / "run", "--train.max_steps=5")
-    assert "steps was 2, now 5" in line
+    assert "(steps) was 2, now 5" in line
 
 
 def test_a_store_made_with_another_tokenizer(made, tmp_path, refused, capsys):
     corpus = made / "corpus.jsonl"
     other = tmp_path / "tokenizer"
-    arguments = ["tokenizer", "train", "--input", corpus, "--output", other, "--vocab-size", 480]
+    arguments = ["tokenizer", "train", "--input", corpus, "--output", other, "--vocab-size", 490]
     assert main([*map(str, arguments)]) == 0
     store = tmp_path / "store"
     config = made / "prepare.yaml"
@@ -193,7 +194,7 @@ def test_corpora_that_cannot_be_used(made, tmp_path, refused, tokenizer_folder):
 
     empty = tmp_path / "empty.jsonl"
     empty.touch()
-    assert "no bytes" in prepared(empty)
+    assert "sources are empty" in prepared(empty)
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes(b'{"text": "ok"}\n{"text": "caf\xe9"}\n')
     assert "latin.jsonl, line 2: not UTF-8" in prepared(latin)
@@ -227,3 +228,32 @@ def test_one_process_of_torchrun_or_none(made, tmp_path):
         "tsumugu: nowhere holds no token store (make one with `tsumugu prepare`)"
     ]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk can only be made by root on Linux")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(made, small_disk, tmp_path, refused):
+    train = ("train", "--config", made / "train.yaml", "--run-dir", small_disk / "run")
+    assert "no space left" in refused(*train).lower()
+    large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"{n} " + "糸を紡ぐ。" * 200} for n in range(2000)])
+    for workers in (1, 2):
+        flags = [f"--prepare.sources=[{{name: large, path: {large}}}]", f"--prepare.workers={workers}"]
+        output = small_disk / f"store-{workers}"
+        line = refused("prepare", "--config", made / "prepare.yaml", "--output", output, *flags)
+        assert "no space left" in line.lower()
+    output = small_disk / "tokenizer"
+    command = ("tokenizer", "train", "--input", made / "corpus.jsonl", "--output", output, "--vocab-size", 490)
+    (small_disk / "filler").write_bytes(b"")
+    with open(small_disk / "filler", "wb") as filler:
+        filler.write(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
+    assert "no space left" in refused(*command).lower()

@@ -129,6 +129,9 @@ def test_what_cannot_be_used_is_the_users_error(model_folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match="holds no model"):
         Generator(tmp_path)
     shutil.copytree(model_folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Generator(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
         Generator(tmp_path / "model")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsumugu.data.instructions import find_template
@@ -35,8 +36,9 @@ class Generator:
             with quiet():
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 self.model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}", "export it anew") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
         self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tsumugu import config as configuration
 from tsumugu.data import corpus
-from tsumugu.data.prepare import describe, prepare
+from tsumugu.data.prepare import describe, hash_share, prepare
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.generate import Generator
@@ -143,10 +143,11 @@ def _tokenizer(preparation: configuration.PrepareConfig, vocab_size: int | None)
     output = Path(preparation.tokenizer)
     if (output / "contract.json").exists():
         return f"already done: {read_contract(output).vocab_size:,} ids"
-    source = preparation.sources[0]
-    size = _size(source.path)
-    report = train_tokenizer(
-        lambda: corpus.texts(corpus.plan(corpus.find_files(source.path)), source.text),
+    source, share = preparation.sources[0], preparation.validation_share
+    pieces = corpus.plan(corpus.find_files(source.path))
+    size = sum(piece.size for piece in pieces)
+    report = train_tokenizer(  # on the documents for training alone: what is held out is held out from everything
+        lambda: (text for text in corpus.texts(pieces, source.text) if hash_share({"text": text}) >= share),
         output,
         vocab_size=vocab_size or (4000 if size < 2e6 else 8000 if size < 10e6 else 16000),
         sample_bytes=20_000_000,
@@ -162,6 +163,7 @@ def _agreed(recipe: str, work_dir: Path, console: Console) -> bool:
     measured = work_dir / "measured"
     console.print(f"Measuring {_MEASURED_STEPS} steps ...")
     flags = [f"--train.max_steps={_MEASURED_STEPS}", "--evaluate.batches=1"]
+    flags += ["--schedule.warmup_steps=0", "--schedule.decay_steps=null"]
     try:
         if launch(["train", f"--config={recipe}", f"--run-dir={measured}", *flags], _PROCESSES):
             raise UserError("the measured steps failed", f"see the line above, and edit {recipe}")
@@ -196,7 +198,8 @@ def _show_generations(models: dict[str, Path], instructions: configuration.Prepa
         console.print(f"[base]     {prompt} ▸ {reply}", markup=False)
     files = corpus.find_files(instructions.sources[0].path)
     records = [record.values for piece in corpus.plan(files) for record in corpus.read_records(piece)]
-    for record in [record for record in records if not record.get("input")][:3]:
+    trained = [record for record in records if hash_share(record) >= instructions.validation_share]
+    for record in [record for record in trained if not record.get("input")][:3]:
         reply, stopped = instruct.generate(record["instruction"], max_new_tokens=120)
         end = "" if stopped else " …"
         console.print(f"[instruct] {record['instruction']} ▸ {reply}{end}", markup=False)

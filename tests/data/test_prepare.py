@@ -160,8 +160,8 @@ def test_wrong_fields_are_refused(make: Callable, examples: Path, fields: dict[s
 def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, make: Callable):
     question = {"instruction": "空の色は？", "output": "青です。"}
     records = [question, question | {"output": ""}, question | {"output": None}, question | {"instruction": ""}]
-    path = _write_lines(tmp_path / "a.jsonl", [*records, question | {"output": "青" * 200}])
-    short = make(path, kind="instructions", validation_share=0.0, max_length=100)
+    path = _write_lines(tmp_path / "a.jsonl", [*records, question | {"output": "青" * 900}])
+    short = make(path, kind="instructions", validation_share=0.0, max_length=400)
     dropped = {"empty output": 2, "empty instruction": 1, "longer than prepare.max_length": 1}
     expected = {f"dropped: {reason}": count for reason, count in dropped.items()}
     assert {key: value for key, value in short["sources"]["only"].items() if key != "characters"} == {
@@ -254,14 +254,20 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, make: Calla
         make(text, output="text.jsonl")
 
 
+write_manifest = module._write_manifest
+
+
 class _KilledError(BaseException):
     pass
 
 
 @pytest.mark.usefixtures("_small_tasks")
-@pytest.mark.parametrize("place", ["_write_json", "shutil.copytree", "shutil.rmtree", "store._HashedFile.publish"])
+@pytest.mark.parametrize(
+    ("place", "stride"),
+    [("_write_json", 1), ("shutil.copytree", 1), ("shutil.rmtree", 1), ("store._HashedFile.publish", 5)],
+)
 def test_stopped_before_any_write_and_run_again_it_makes_the_same(
-    tmp_path: Path, make: Callable, examples: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    tmp_path: Path, make: Callable, examples: Path, monkeypatch: pytest.MonkeyPatch, place: str, stride: int
 ):
     make(examples, kind="instructions", output="whole")
     owner: Any = module
@@ -269,7 +275,7 @@ def test_stopped_before_any_write_and_run_again_it_makes_the_same(
     for part in path:
         owner = getattr(owner, part)
     original = getattr(owner, name)
-    for number in range(1000):
+    for number in range(0, 1000, stride):
         calls = iter(range(number))
 
         def stop_at_last(*arguments: Any, calls: Any = calls) -> Any:
@@ -293,9 +299,10 @@ def test_a_task_without_its_marker_is_done_again_and_no_other(
     tmp_path: Path, make: Callable, text: Path, monkeypatch: pytest.MonkeyPatch
 ):
     make(text, output="whole")
-    with monkeypatch.context() as patch, pytest.raises(_KilledError):
-        patch.setattr(module, "_write_manifest", _kill)
+    monkeypatch.setattr(module, "_write_manifest", _kill)
+    with pytest.raises(_KilledError):
         make(text)
+    monkeypatch.setattr(module, "_write_manifest", write_manifest)
     shards = tmp_path / "store" / "train"
     (tmp_path / "store" / ".work" / "completions" / "00002").unlink()
     (shards / "00002.bin").write_bytes(b"half")
@@ -321,7 +328,6 @@ def test_after_a_bad_line_is_mended_the_work_starts_anew(
     with pytest.raises(UserError, match="not JSON"):  # nothing changed: goes on where it stopped
         make(text)
     assert capsys.readouterr().err == ""
-    text.write_text(good[: len(good) // 3] + good[: good.index("\n") + 1][-1:], encoding="utf-8")
     text.write_text("".join(good.splitlines(keepends=True)[:50]), encoding="utf-8")  # fewer tasks than before
     make(text)
     assert "unfinished work is thrown away" in capsys.readouterr().err
@@ -348,9 +354,10 @@ def test_a_mended_file_of_the_same_size_is_read_again(tmp_path: Path, make: Call
 def test_unfinished_work_with_other_settings_is_thrown_away(
     tmp_path: Path, make: Callable, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    with monkeypatch.context() as patch, pytest.raises(_KilledError):
-        patch.setattr(module, "_write_manifest", _kill)
+    monkeypatch.setattr(module, "_write_manifest", _kill)
+    with pytest.raises(_KilledError):
         make(text)
+    monkeypatch.setattr(module, "_write_manifest", write_manifest)
     make(text, add_eos=True)
     assert capsys.readouterr().err.count("\n") == 1
     make(text, output="whole", add_eos=True)
@@ -387,36 +394,41 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path: Path):
         executor.run()
 
 
-_SCRIPT = """
-import sys
+_SLOW_SCRIPT = """
+import sys, time
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, prepare
 corpus.PIECE_BYTES = prepare.TASK_BYTES = 3000
+column_of = corpus.column_of
+corpus.column_of = lambda *arguments: time.sleep(0.01) or column_of(*arguments)  # in the workers too: they read this
 if __name__ == "__main__":
     path, tokenizer, output = sys.argv[1:]
-    sources = [Source(name="only", path=path)]
+    source = Source(name="only", path=path)
     prepare.prepare(
-        PrepareConfig(sources=sources, tokenizer=tokenizer, output=output, validation_share=0.2, workers=2)
+        PrepareConfig(sources=[source], tokenizer=tokenizer, output=output, validation_share=0.2, workers=2)
     )
 """
 
 
 @pytest.mark.usefixtures("_small_tasks")
-def test_killed_in_the_middle_and_run_again_it_makes_the_same(
+def test_killed_in_the_middle_its_workers_end_and_run_again_it_makes_the_same(
     tmp_path: Path, make: Callable, text: Path, tokenizer_folder: Path
 ):
     script = tmp_path / "script.py"
-    script.write_text(_SCRIPT)
-    output = tmp_path / "store"
-    process = subprocess.Popen([sys.executable, script, text, tokenizer_folder, output])
-    completions = output / ".work" / "completions"
+    script.write_text(_SLOW_SCRIPT)
+    process = subprocess.Popen([sys.executable, script, text, tokenizer_folder, tmp_path / "store"])
+    completions = tmp_path / "store" / ".work" / "completions"
     while process.poll() is None and not (completions.exists() and any(completions.iterdir())):
-        time.sleep(0.005)
+        time.sleep(0.01)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
+    time.sleep(0.2)
+    progress = (tmp_path / "store" / ".work" / "progress.bin").read_bytes()
+    time.sleep(0.6)
+    assert (tmp_path / "store" / ".work" / "progress.bin").read_bytes() == progress
     make(text)
     make(text, output="whole")
-    assert _files(output) == _files(tmp_path / "whole")
+    assert _files(tmp_path / "store") == _files(tmp_path / "whole")
 
 
 # --- nothing to make a store of --------------------------------------------------------------------------------------
@@ -424,7 +436,7 @@ def test_killed_in_the_middle_and_run_again_it_makes_the_same(
 
 def test_a_corpus_without_text_is_refused(tmp_path: Path, make: Callable):
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(UserError, match="no document is left for training.*empty"):
+    with pytest.raises(UserError, match=r"no document is left for training \(the sources are empty\)"):
         make(tmp_path / "a.jsonl")
     _write_lines(tmp_path / "b.jsonl", [{"text": ""}, {"text": None}])
     with pytest.raises(UserError, match=r"no document is left for training \(2 dropped: empty\)"):

@@ -165,8 +165,8 @@ def stopped(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("key", "value", "named"),
     [
         ("train.seed", 5, "train.seed was 1234, now 5"),
-        ("train.global_batch_size", 8, "train.global_batch_size was 4, now 8|the length of the run in rows"),
-        ("train.max_steps", 7, "the length of the run in rows was 24, now 28"),
+        ("train.global_batch_size", 8, "train.global_batch_size was 4, now 8|the rows of the run"),
+        ("train.max_steps", 7, "length of the run .steps. was 6, now 7"),
         ("train.dtype", "bfloat16", "train.dtype was float32, now bfloat16"),
         ("data.sequence_length", 17, "data.sequence_length was 16, now 17"),
         ("optimizer.learning_rate", 0.1, "optimizer.learning_rate was 0.01, now 0.1"),

@@ -291,7 +291,7 @@ class _Encode(PipelineStep):
                 if isinstance(encoded, str):
                     counts[f"dropped: {encoded}"] += 1
                 else:
-                    split = "validation" if _hash_share(document.metadata) < share else "train"
+                    split = "validation" if hash_share(document.metadata) < share else "train"
                     writers[split].add(*encoded)
                     counts["documents"] += 1
                     counts["characters"] += sum(len(v) for v in document.metadata.values() if isinstance(v, str))
@@ -336,7 +336,7 @@ def _batches(data: Iterator[Document], size: int) -> Iterator[list[Document]]:
         yield batch
 
 
-def _hash_share(values: dict) -> float:
+def hash_share(values: dict) -> float:
     """A number in [0, 1) that depends on the text (of an example: on its question) alone."""
     if "text" in values:
         key = values["text"]
