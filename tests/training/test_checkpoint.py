@@ -157,25 +157,27 @@ class Killed(BaseException):
     """No clean-up code may depend on seeing it."""
 
 
-def run_lines(action: Callable[[], None], last: int | None = None) -> list[int]:
-    """Runs `action`, killed after line number `last` of those in checkpoint.py; the numbers of the lines run."""
-    lines: list[int] = []
+def run_lines(action: Callable[[], None], last: int | None = None) -> list[tuple[str, int]]:
+    """Runs `action`, killed after line number `last` of checkpoint.py's and shutil's; the places of the lines run."""
+    lines: list[tuple[str, int]] = []
 
     def trace(frame, event, _argument):
-        if frame.f_code.co_filename != checkpoint.__file__:
+        file = frame.f_code.co_filename
+        if file not in (checkpoint.__file__, shutil.__file__):
             return None
         if event == "line":
             if len(lines) == last:
                 raise Killed
-            lines.append(frame.f_lineno)
+            lines.append((file, frame.f_lineno))
         return trace
 
     before = sys.gettrace()
     sys.settrace(trace)
     try:
         action()
-    except Killed:
-        pass
+    except (Killed, OSError) as error:
+        if not isinstance(error.__context__ or error, Killed):  # shutil may close a file again on its way out
+            raise
     finally:
         sys.settrace(before)
     return lines
@@ -193,7 +195,8 @@ def test_a_kill_between_any_two_lines_leaves_a_whole_checkpoint(run: Path, made:
         def copy_to(name: str) -> Path:
             return Path(shutil.copytree(tmp_path / "before", tmp_path / name))
 
-        lines = run_lines(lambda: save_and_prune(copy_to("not killed"), 3))
+        whole_run = copy_to("not killed")
+        lines = run_lines(lambda: save_and_prune(whole_run, 3))
         # of a line that is run many times, the first and the last
         kills = [i for i, line in enumerate(lines) if line not in lines[:i] or line not in lines[i + 1 :]]
         assert len(kills) > 40

@@ -55,7 +55,7 @@ def by_hand(folder: Path, packing: str) -> dict:
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64).eval()
     documents = random_documents(11, seed=5)
     if packing == "concatenate":
-        stream = sum(documents, [])
+        stream = [id for document in documents for id in document]
         rows = [(stream[start : start + WIDTH + 1], 1) for start in range(0, len(stream) - 1, WIDTH)]
     else:
         rows = [(ids, 2) for ids in documents]  # supervised from the third token on

@@ -100,7 +100,7 @@ def test_a_store_without_supervised_tokens_trains_nothing(made: Path, tmp_path: 
 
 
 def test_a_loss_that_is_no_number_ends_the_run(made: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"step \d: the loss is .*nan.* lower optimizer.learning_rate"):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan, .* \(lower optimizer\.learning_rate"):
         train(config_of(made, **{"optimizer.learning_rate": 1e38}), tmp_path)
     assert checkpoint.complete_steps(tmp_path) == []
 
@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_ends_the_run(made: Path, tmp_path: Path):
         ("text", {"parallel.shard_degree": 2}, "is not the world size 1"),
         ("text", {"parallel.replicate_degree": 2}, "is not the world size 1"),
         ("text", {"data.sequence_length": 4096}, "the model has 2048 positions"),
-        ("text", {"model.config": "nowhere"}, "no model configuration at nowhere"),
+        ("text", {"model.config": __file__}, "no model configuration at"),
     ],
 )
 def test_what_contradicts_itself_is_refused(store: str, changes: dict, message: str, made: Path, tmp_path: Path):
@@ -136,7 +136,7 @@ def test_a_store_of_another_tokenizer_is_refused(made: Path, tmp_path: Path):
     changes = {**COMMON, "train.start_from": str(tmp_path / "run")}
     with pytest.raises(UserError, match=r"made with another tokenizer than train\.start_from"):
         train(run_config(other, changes), tmp_path / "new")
-    with pytest.raises(UserError, match="data.store was"):
+    with pytest.raises(UserError, match=r"data\.store was"):
         train(run_config(other, {**COMMON, "model.config": str(made / "gpt_neox")}), tmp_path / "run")
     (other / "tokenizer" / "contract.json").write_bytes((made / "text" / "tokenizer" / "contract.json").read_bytes())
     with pytest.raises(UserError, match="its tokenizer folder is not the tokenizer that made its ids"):
