@@ -9,7 +9,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/tsumugu quickstart
 
 test: $(VENV)/installed .venv-transformers4
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -70,12 +70,16 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train_tokenizer.add_argument("--output", required=True, metavar="DIR")
     train_tokenizer.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="default: 32000")
     train_tokenizer.add_argument(
-        "--sample-bytes", type=float, default=2e9, metavar="N", help="train on a random sample of so much (default: 2e9)"
+        "--sample-bytes", type=float, default=2e9, metavar="N", help="size of a random sample of it (default: 2e9)"
     )
     train_tokenizer.add_argument("--reserved", type=int, default=100, metavar="N", help="spare ids (default: 100)")
 
     prepare = command(
-        commands, "prepare", _prepare, "corpus or instructions → token store", epilog="Any --prepare.KEY VALUE is taken."
+        commands,
+        "prepare",
+        _prepare,
+        "corpus or instructions → token store",
+        epilog="Any --prepare.KEY VALUE of the configuration is taken, such as --prepare.workers 4.",
     )
     prepare.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     prepare.add_argument("--output", metavar="DIR", help="in place of prepare.output")

@@ -357,7 +357,7 @@ def _check_keys(content: Any, config_class: type, file: str, prefix: str = "") -
         if key not in hints:
             raise UserError(f"{file}: unknown key {prefix}{key}", _nearest(str(key), list(hints), prefix))
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             _check_keys(value, hint, file, f"{prefix}{key}.")
         elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
             for index, item in enumerate(value if isinstance(value, list) else []):

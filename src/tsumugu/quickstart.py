@@ -106,8 +106,9 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
     for folder in ("corpus", "recipes"):
         (work_dir / folder).mkdir(parents=True, exist_ok=True)
     for name in ("japanese", "instructions", "english"):
-        content = (sample / f"{name}.jsonl").read_text(encoding="utf-8")
-        (work_dir / "corpus" / f"{name}.jsonl").write_text(content, encoding="utf-8")
+        path = work_dir / "corpus" / f"{name}.jsonl"
+        if not path.exists():
+            path.write_text((sample / f"{name}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     paths = {name: work_dir / "recipes" / f"{name}.yaml" for name in _RECIPES}
     for name, path in paths.items():
         content = (sample / f"quickstart-{name}.yaml").read_text(encoding="utf-8")

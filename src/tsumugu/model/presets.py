@@ -3,7 +3,7 @@
 GPT-NeoX shapes: rotary embedding on the whole head, context 2048, untied head; hidden size, layers, heads and
 vocabulary are those of the sample that this project succeeds. Attention and MLP follow one another (sequential
 residual) in 3.6b, as in rinna/japanese-gpt-neox-3.6b, and in 1b and 7b, which have the shapes of cyberagent's open-calm
-(whose config.json was not at hand: `model.pretrained` reads it). They run side by side (parallel residual) in 20b, as in
+(its config.json was not at hand: `model.pretrained` reads it). They run side by side (parallel residual) in 20b, as in
 GPT-NeoX-20B, in 6b, which has GPT-J's shape, and in 13b and tiny. The Llama and Qwen3 shapes are for those who serve
 with tools that know no GPT-NeoX; their vocabulary is the tokenizer's.
 """

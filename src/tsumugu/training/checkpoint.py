@@ -168,7 +168,7 @@ def resolve(reference: str) -> tuple[Path, int]:
     Raises:
         UserError: No such run or step.
     """
-    name, _, wanted = reference.partition("@")
+    name, _, wanted = reference.rpartition("@") if "@" in Path(reference).name else (reference, "", "")
     run_dir = Path(name)
     steps = complete_steps(run_dir)
     if not steps:
