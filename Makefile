@@ -1,15 +1,22 @@
-# The two commands of a newcomer: `make quickstart` and `make test`. pip's environment variables are honoured.
+# The two commands of a newcomer: `make quickstart` and `make test`. pip's environment variables are honoured;
+# `make PYTHON=python3.12 …` takes another Python.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart test test-oldest lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/tsumugu quickstart
 
 test: $(VENV)/installed .venv-transformers4
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(PYTEST)
+
+# what touches torch and transformers, with the oldest versions that the package allows
+test-oldest: VENV := .venv-oldest
+test-oldest: .venv-oldest/installed
+	$(PYTEST) tests/model tests/training tests/test_export.py tests/test_generate.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -22,12 +29,18 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-transformers4 quickstart
+	rm -rf .venv .venv-oldest .venv-transformers4
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet 'torch==2.11.*' 'transformers==5.17.*' setuptools
+	.venv-oldest/bin/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
 include tests/transformers4.mk

@@ -14,15 +14,15 @@ import yaml
 from safetensors.torch import load_file
 
 
-def shorten_recipes(work_dir: Path) -> None:
+def shorten_recipes(work_dir: Path, warmup: int = 1) -> None:
     """Lays edited recipes into the work folder, which quickstart then uses as they are."""
-    (work_dir / "recipes").mkdir(parents=True)
+    (work_dir / "recipes").mkdir(parents=True, exist_ok=True)
     for name, steps in {"pretrain": 6, "instruct": 4}.items():
         text = (resources.files("tsumugu") / "sample" / f"quickstart-{name}.yaml").read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text.replace("quickstart/", f"{work_dir}/"))
+        recipe = json.loads(json.dumps(yaml.safe_load(text)).replace("quickstart/", f"{work_dir}/"))
         del recipe["train"]["max_epochs"]
         recipe["train"]["max_steps"] = steps
-        recipe["schedule"]["warmup_steps"] = 1
+        recipe["schedule"]["warmup_steps"] = warmup
         recipe["checkpoint"]["every"] = recipe["evaluate"]["every"] = 2
         (work_dir / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
 
@@ -81,17 +81,28 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_model(done, tmp_path):
         assert all(found[key].equal(tensor) for key, tensor in expected.items())
 
 
-def test_ones_own_text_with_nobody_to_ask_is_refused_until_yes(tmp_path):
-    texts = (resources.files("tsumugu") / "sample" / "japanese.jsonl").read_text(encoding="utf-8").splitlines()
-    own = tmp_path / "own.jsonl"
-    own.write_text("".join(json.dumps({"body": json.loads(t)["text"]}) + "\n" for t in texts), encoding="utf-8")
-    work_dir = tmp_path / "own"
-    shorten_recipes(work_dir)
-    process = start(work_dir, "--input", str(own), "--text", "body")
+def test_ones_own_text_that_is_not_japanese_and_has_odd_names(tmp_path):
+    """English text makes a tokenizer to which the built-in instructions are long; too small for the default sizes."""
+    texts = (resources.files("tsumugu") / "sample" / "english.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "my-quickstart").mkdir()
+    own = tmp_path / "my-quickstart" / "own.jsonl"
+    own.write_text("".join(json.dumps({"yes": json.loads(t)["text"]}) + "\n" for t in texts), encoding="utf-8")
+    work_dir = tmp_path / "run #1"
+    flags = ("--input", str(own), "--text", "yes")
+    process = start(work_dir, *flags)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "s a step" in output
     assert "--yes" in output
-    assert "own.jsonl" in (work_dir / "recipes" / "prepare.yaml").read_text(encoding="utf-8")
-    finish(start(work_dir, "--input", str(own), "--text", "body", "--yes"))
+
+    recipe = work_dir / "recipes" / "prepare.yaml"
+    assert str(own) in recipe.read_text(encoding="utf-8")
+    shorten_recipes(work_dir, warmup=0)
+    output = finish(start(work_dir, *flags, "--yes"))
+    assert "s a step: 6 steps will take about" in output
+    assert "longer than prepare.max_length" in output
     assert (work_dir / "model-instruct" / "config.json").exists()
+
+    process = start(work_dir, "--input", str(tmp_path))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "another corpus" in output

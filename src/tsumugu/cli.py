@@ -207,7 +207,7 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
 
     config.load(config.TrainingRun, options.config, flags)  # what is wrong with it is said once, and before the start
     files = [f"--config={file}" for file in options.config]
-    return launch(["train", *files, f"--run-dir={_run_dir(options)}", *flags], options.processes)
+    return launch([*files, *flags], _run_dir(options), options.processes)
 
 
 def _run_dir(options: argparse.Namespace) -> Path:

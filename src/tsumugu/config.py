@@ -6,6 +6,8 @@ types and values that contradict each other are refused here, before anything is
 
 import dataclasses
 import difflib
+import math
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,6 +74,11 @@ class PrepareConfig:
         for index, source in enumerate(self.sources):
             if source.validation_share is not None:
                 _require_share(f"prepare.sources[{index}].validation_share", source.validation_share)
+        for index, source in enumerate(self.sources):
+            if self.kind == "text" and source.fields:
+                raise UserError(f"prepare.sources[{index}].fields is set for text", "name the column with text")
+        if self.kind == "text" and self.max_length is not None:
+            raise UserError("prepare.max_length is set for text", "remove it: data.sequence_length cuts text into rows")
         if self.kind == "instructions" and self.add_eos is not None:
             raise UserError(
                 "prepare.add_eos is set for instructions",
@@ -147,9 +154,13 @@ class TrainConfig:
 
     def __post_init__(self):
         given = [name for name in ("max_steps", "max_tokens", "max_epochs") if getattr(self, name) is not None]
-        if len(given) != 1:
-            what = "none of" if not given else "more than one of"
-            raise UserError(f"{what} train.max_steps, train.max_tokens, train.max_epochs is set", "set exactly one")
+        if not given:
+            raise UserError("none of train.max_steps, train.max_tokens, train.max_epochs is set", "set exactly one")
+        if len(given) > 1:
+            raise UserError(
+                f"{' and '.join(f'train.{name}' for name in given)} are set, of which only one may be",
+                f"set the others to null, such as --train.{given[-1]} null",
+            )
         for name in (*given, "global_batch_size", "micro_batch_size", "log_every"):
             _require_positive(f"train.{name}", getattr(self, name))
         if not 0 <= self.seed < 2**63:
@@ -176,8 +187,7 @@ class OptimizerConfig:
     def __post_init__(self):
         for name in ("learning_rate", "epsilon", "max_grad_norm"):
             _require_positive(f"optimizer.{name}", getattr(self, name))
-        if self.weight_decay < 0:
-            raise UserError(f"optimizer.weight_decay is {self.weight_decay}", "use 0 or more")
+        _require_not_negative("optimizer.weight_decay", self.weight_decay)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}", "use a number from 0 to below 1")
@@ -199,13 +209,11 @@ class ScheduleConfig:
     """The learning rate of the last step."""
 
     def __post_init__(self):
-        if self.warmup_steps < 0:
-            raise UserError(f"schedule.warmup_steps is {self.warmup_steps}", "use 0 or more")
+        _require_not_negative("schedule.warmup_steps", self.warmup_steps)
         _require_positive("schedule.decay_steps", self.decay_steps)
         if self.decay_steps is not None and self.kind != "wsd":
             raise UserError(f"schedule.decay_steps is set for kind {self.kind}", "remove it, or use kind wsd")
-        if self.min_learning_rate < 0:
-            raise UserError(f"schedule.min_learning_rate is {self.min_learning_rate}", "use 0 or more")
+        _require_not_negative("schedule.min_learning_rate", self.min_learning_rate)
         if self.kind == "exponential" and self.min_learning_rate == 0:
             raise UserError("schedule.kind exponential never reaches 0", "set schedule.min_learning_rate above 0")
 
@@ -298,8 +306,9 @@ def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) ->
     Raises:
         UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value.
     """
-    for file in files:
-        _check_keys(_read_yaml(file), config_class, file)
+    contents = {file: _read_yaml(file) for file in files}
+    for file, content in contents.items():
+        _check(content, config_class, file)
     _check_flags(flags, config_class)
     configuration_parser = parser(config_class)
     try:
@@ -309,7 +318,7 @@ def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) ->
     except UserError:
         raise
     except Exception as error:  # jsonargparse: ArgumentError, TypeError or ValueError, by the kind of mistake
-        raise UserError(f"{', '.join(files)}: {' '.join(str(error).split())}", "see `--help` for the keys") from None
+        raise UserError(_readable(error, contents, flags), "see `--keys` for every key and its type") from None
 
 
 def parser(config_class: type):
@@ -330,10 +339,22 @@ def write(config: Any, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML libraries silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:index]]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+        return node
+
+
 def _read_yaml(file: str) -> dict:
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file", "give the path of a configuration file") from None
     except IsADirectoryError:
         raise UserError(f"{file}: is a folder", "give the path of a configuration file") from None
@@ -348,32 +369,84 @@ def _read_yaml(file: str) -> dict:
     return content
 
 
-def _check_keys(content: Any, config_class: type, file: str, prefix: str = "") -> None:
-    """Refuses keys that no dataclass has, naming file, key (list items by index) and the nearest key."""
+def _check(content: Any, config_class: type, place: str, prefix: str = "") -> None:
+    """Refuses what jsonargparse must not see: in place of a dataclass it takes a class's import path, and imports it.
+
+    Args:
+        content: What is written for `config_class`; must be a mapping whose keys the class has.
+        config_class: A dataclass; fields that are dataclasses, or lists of them, are checked likewise.
+        place: The file or flag, for messages.
+        prefix: The keys that lead to `content`, such as `prepare.sources[0].`.
+    """
     if not isinstance(content, dict):
-        return  # a wrong type, which jsonargparse reports
+        raise UserError(
+            f"{place}: {prefix[:-1]} holds no keys but {_shown(content)}", "write `key: value` lines below it"
+        )
     hints = typing.get_type_hints(config_class)
     for key, value in content.items():
         if key not in hints:
-            raise UserError(f"{file}: unknown key {prefix}{key}", _nearest(str(key), list(hints), prefix))
-        hint = hints[key]
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            _check_keys(value, hint, file, f"{prefix}{key}.")
-        elif typing.get_origin(hint) is list and dataclasses.is_dataclass(typing.get_args(hint)[0]):
-            for index, item in enumerate(value if isinstance(value, list) else []):
-                _check_keys(item, typing.get_args(hint)[0], file, f"{prefix}{key}[{index}].")
+            raise UserError(f"{place}: unknown key {prefix}{key}", _nearest(str(key), list(hints), prefix))
+        if dataclasses.is_dataclass(hints[key]):
+            _check(value, hints[key], place, f"{prefix}{key}.")
+        elif item_class := _item_class(hints[key]):
+            if not isinstance(value, list):
+                raise UserError(
+                    f"{place}: {prefix}{key} is no list but {_shown(value)}", "write items that begin with -"
+                )
+            for index, item in enumerate(value):
+                _check(item, item_class, place, f"{prefix}{key}[{index}].")
+
+
+def _item_class(hint: Any) -> Any:
+    """The dataclass of a list of dataclasses, else None."""
+    items = typing.get_args(hint) if typing.get_origin(hint) is list else ()
+    return next(filter(dataclasses.is_dataclass, items), None)
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, allow_unicode=True, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def _check_flags(flags: Sequence[str], config_class: type) -> None:
-    keys = [
-        f"{section}.{key.name}"
+    """Refuses unknown flags, and values of flags as `_check` does; a whole section is no flag."""
+    hints = {
+        f"{section}.{key}": (key, hint, section_class)
         for section, section_class in typing.get_type_hints(config_class).items()
-        for key in dataclasses.fields(section_class)
-    ]
-    for flag in flags:
-        name = flag.split("=")[0].removeprefix("--").removesuffix("+")
-        if flag.startswith("--") and name not in keys:
-            raise UserError(f"unknown flag --{name}", _nearest(name, keys, "--"))
+        for key, hint in typing.get_type_hints(section_class).items()
+    }
+    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+        if not flag.startswith("--"):
+            continue
+        written, has_value, value = flag.partition("=")
+        name = written.removeprefix("--").removesuffix("+")
+        if name not in hints:
+            raise UserError(f"unknown flag --{name}", _nearest(name, list(hints), "--"))
+        key, hint, section_class = hints[name]
+        if not _item_class(hint):
+            continue
+        try:
+            items = yaml.load(value if has_value else following, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"{written}: not YAML: {getattr(error, 'problem', error)}", "mend its value") from None
+        if written.endswith("+") and isinstance(items, dict):
+            items = [items]  # one more item
+        _check({key: items}, section_class, written, name.removesuffix(key))
+
+
+def _readable(error: Exception, contents: dict[str, dict], flags: Sequence[str]) -> str:
+    """jsonargparse's message as `FILES: KEY: expected TYPE, got VALUE`; FILES are those that have the key."""
+    message = re.sub(r"Problem with given class_path '[\w.]+': ", "", " ".join(str(error).split()))
+    message = re.sub(r'Parser key "([^"]+)": ', r"\1: ", message)
+    key, _, _ = message.partition(":")
+    section, _, name = key.partition(".")
+    places = [file for file, content in contents.items() if name in content.get(section, {})]
+    if any(flag.startswith(f"--{key}") for flag in flags):
+        places = []
+    if found := re.fullmatch(r"((?:\S+: )+).*?(?:Got|Given) value: (.*)", message):
+        types = re.findall(r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", message)
+        expected = " or ".join("null" if kind == "NoneType" else kind or choices for kind, choices in types)
+        message = f"{found[1]}expected {expected}, got {found[2]}"
+    return f"{', '.join(places)}: {message}" if places else message
 
 
 def _nearest(key: str, keys: list[str], prefix: str) -> str:
@@ -382,8 +455,13 @@ def _nearest(key: str, keys: list[str], prefix: str) -> str:
 
 
 def _require_positive(key: str, value: float | None) -> None:
-    if value is not None and not value > 0:
+    if value is not None and not 0 < value < math.inf:
         raise UserError(f"{key} is {value}", "use a number above 0")
+
+
+def _require_not_negative(key: str, value: float) -> None:
+    if not 0 <= value < math.inf:
+        raise UserError(f"{key} is {value}", "use 0 or more")
 
 
 def _require_share(key: str, value: float) -> None:

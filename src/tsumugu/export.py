@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tsumugu.data.instructions import find_template
 from tsumugu.errors import UserError
 from tsumugu.model import build
-from tsumugu.tokenizer.contract import Contract, read_contract
+from tsumugu.tokenizer.contract import Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
 ORIGIN = "tsumugu.json"
@@ -63,9 +63,9 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
     temporary = output.with_name(f".{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        shutil.copytree(run_dir / "tokenizer", temporary, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        copy_tokenizer(run_dir / "tokenizer", temporary)
         config = build.read_config(str(run_dir / "model"))
-        _take_special_ids(config, contract)
+        build.take_special_ids(config, contract)
         model = build.meta_model(config, _DTYPES[dtype])
         _write_weights(model, path, temporary)
         _write_config(model, config, dtype, temporary)
@@ -158,27 +158,13 @@ def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, 
 def _write_generation_config(config: PretrainedConfig, contract: Contract, output: Path) -> None:
     """Stops at eos; ids that stand for no text (reserved ones, padding of the vocabulary) are never generated."""
     textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(_stop_ids(config))
+    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(build.stop_ids(config))
     GenerationConfig(
         bos_token_id=config.bos_token_id,
-        eos_token_id=_stop_ids(config) or None,
+        eos_token_id=build.stop_ids(config) or None,
         pad_token_id=config.pad_token_id,
         suppress_tokens=sorted(never) or None,
     ).save_pretrained(output)
-
-
-def _take_special_ids(config: PretrainedConfig, contract: Contract) -> None:
-    """Gives the configuration the tokenizer's special ids; further stop ids stay where they stand for no text."""
-    config.bos_token_id, config.pad_token_id = contract.bos_id, contract.pad_id
-    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-    stop_ids = [contract.eos_id, *(id for id in _stop_ids(config) if id in textless and id != contract.eos_id)]
-    stop_ids = [id for id in stop_ids if id is not None]
-    config.eos_token_id = stop_ids if len(stop_ids) > 1 else next(iter(stop_ids), None)
-
-
-def _stop_ids(config: PretrainedConfig) -> list[int]:
-    ids = config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _model_card(model: PreTrainedModel, origin: dict) -> str:

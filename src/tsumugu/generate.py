@@ -12,6 +12,7 @@ from tsumugu.data.instructions import find_template
 from tsumugu.errors import UserError
 from tsumugu.export import ORIGIN
 from tsumugu.model.build import quiet
+from tsumugu.tokenizer.load import check_unicode
 
 
 class Generator:
@@ -46,6 +47,8 @@ class Generator:
         """The greedy continuation of a prompt (with a template: the reply), and whether it ended by itself."""
         if max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {max_new_tokens}", "use 1 or more")
+        for what, text in (("the prompt", prompt), ("the input", input)):
+            check_unicode(text, what)
         ids = self._encode(prompt, input)
         longest = getattr(self.model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
         if len(ids) >= longest:

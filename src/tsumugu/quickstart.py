@@ -5,34 +5,38 @@ killed. The recipes that it uses lie in the work folder, to be read, edited and 
 """
 
 import contextlib
+import itertools
 import json
+import math
 import re
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from tsumugu import config as configuration
 from tsumugu.data import corpus
+from tsumugu.data.instructions import FIELDS
 from tsumugu.data.prepare import describe, hash_share, prepare
+from tsumugu.data.store import open_store
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.generate import Generator
-from tsumugu.launch.local import launch
+from tsumugu.launch.local import launch, most_processes
 from tsumugu.tokenizer.contract import read_contract
-from tsumugu.tokenizer.train import train_tokenizer
+from tsumugu.tokenizer.train import TrainingReport, train_tokenizer
 from tsumugu.training.metrics import read_metrics
+from tsumugu.training.trainer import planned_steps
 
 _RECIPES = ("prepare", "prepare-instructions", "pretrain", "instruct")
-_PROCESSES = 2
+_VOCABULARIES = (16000, 8000, 4000, 2000, 1000)
 _MEASURED_STEPS = 20
 _OWN_TEXT_STEPS = 800
-_PRETRAIN_PROMPTS = ("日本の", "朝起きて窓を開けると、", "作り方は次のとおりです。")
 
 
 def quickstart(
@@ -76,12 +80,12 @@ def quickstart(
             result.update(path=settings.output, text=done + describe(manifest))
 
     runs = {"pretrain": work_dir / "pretrain", "instruct": work_dir / "instruct"}
-    if inputs and ask and not read_metrics(runs["pretrain"]) and not _agreed(recipes["pretrain"], work_dir, console):
+    if inputs and not read_metrics(runs["pretrain"]) and not _agreed(recipes["pretrain"], work_dir, ask, console):
         console.print(f"Stopped. The recipes are in {work_dir / 'recipes'}.")
         return 0
     for name, run_dir in runs.items():
         with stage(name) as result:
-            code = launch(["train", f"--config={recipes[name]}", f"--run-dir={run_dir}"], _PROCESSES)
+            code = launch([f"--config={recipes[name]}"], run_dir, _processes())
             if code:
                 return code
             result.update(path=str(run_dir), text=_before_and_after(run_dir))
@@ -92,7 +96,7 @@ def quickstart(
             export(str(run_dir), model, dtype="float32")
         result.update(path=", ".join(map(str, models.values())), text="two Hugging Face folders, float32")
     with stage("generate") as result:
-        _show_generations(models, instructions, console)
+        _show_generations(models, preparation, instructions, console)
         result["text"] = "by stock AutoModelForCausalLM and AutoTokenizer, greedily"
 
     _show_summary(rows, console)
@@ -111,74 +115,106 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
             path.write_text((sample / f"{name}.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     paths = {name: work_dir / "recipes" / f"{name}.yaml" for name in _RECIPES}
     for name, path in paths.items():
+        if path.exists():
+            continue
         content = (sample / f"quickstart-{name}.yaml").read_text(encoding="utf-8")
-        changes = {"quickstart/": f"{work_dir}/"}
+        content = re.sub(r"quickstart/(\S+)", lambda found: _quoted(str(work_dir / found[1])), content)
         if inputs and name == "prepare":
-            changes |= {
-                "name: japanese": "name: own-text",
-                "path: quickstart/corpus/japanese.jsonl": f"path: {json.dumps(inputs, ensure_ascii=False)}",
-                "text: text": f"text: {json.dumps(text, ensure_ascii=False)}",
-                "validation_share: 0.1 ": f"validation_share: {0.1 if _size(inputs) < 2e6 else 0.01} ",
-            }
+            content = _set(content, "name", "own-text")
+            content = _set(content, "path", inputs)
+            content = _set(content, "text", text)
+            content = _set(content, "validation_share", _validation_share(inputs, text))
         if inputs and name == "pretrain":
-            content = re.sub(r"max_epochs: \d+", f"max_steps: {_OWN_TEXT_STEPS}", content)
-            changes |= {"evaluate:\n": "evaluate:\n  batches: 50\n"}
-        for old, new in sorted(changes.items(), key=lambda change: -len(change[0])):
-            content = content.replace(old, new)
-        if not path.exists():
-            path.write_text(content, encoding="utf-8")
-        elif name == "prepare" and _sources(path.read_text(encoding="utf-8")) != _sources(content):
-            raise UserError(f"{path} is a recipe for another corpus", "choose another --work-dir, or delete this one")
+            content = content.replace("max_epochs:", "max_steps:").replace("evaluate:", "evaluate:\n  batches: 50")
+            content = _set(content, "max_steps", _OWN_TEXT_STEPS)
+        path.write_text(content, encoding="utf-8")
+    recipe = configuration.load(configuration.Preparation, [str(paths["prepare"])]).prepare
+    paths_used = [[source.path] if isinstance(source.path, str) else source.path for source in recipe.sources]
+    used = [path for several in paths_used for path in several]
+    if not set(inputs or [str(work_dir / "corpus" / "japanese.jsonl")]) <= set(used):
+        raise UserError(
+            f"{paths['prepare']} is a recipe for another corpus: {', '.join(used)}",
+            "choose another --work-dir, or delete that one",
+        )
     return {name: str(path) for name, path in paths.items()}
 
 
-def _size(paths: str | list[str]) -> int:
-    return sum(Path(file).stat().st_size for file in corpus.find_files(paths))
+def _set(recipe: str, key: str, value: object) -> str:
+    """The recipe with another value at the one place where `key` stands; comments stay."""
+    entry = f"{key}: {json.dumps(value, ensure_ascii=False)}"
+    changed, count = re.subn(rf'\b{key}: *("[^"]*"|[^#\n]*[^#\s])', lambda _: entry, recipe, count=1)
+    assert count == 1
+    return changed
 
 
-def _sources(recipe: str) -> list:
-    return [source["path"] for source in yaml.safe_load(recipe)["prepare"]["sources"]]
+def _quoted(path: str) -> str:
+    """A path for a YAML file, quoted where it holds anything unusual."""
+    return path if re.fullmatch(r"[\w./-]+", path) else json.dumps(path, ensure_ascii=False)
+
+
+def _validation_share(inputs: list[str], text: str) -> float:
+    """A share that leaves some documents on either side; none of a handful, which cannot spare one."""
+    pieces = corpus.plan(corpus.find_files(inputs))
+    documents = sum(1 for _ in itertools.islice(corpus.texts(pieces, text), 2000))
+    return 0.0 if documents < 60 else 0.1 if documents < 2000 else 0.01
 
 
 def _tokenizer(preparation: configuration.PrepareConfig, vocab_size: int | None) -> str:
-    output = Path(preparation.tokenizer)
+    output, share = Path(preparation.tokenizer), preparation.validation_share
     if (output / "contract.json").exists():
         return f"already done: {read_contract(output).vocab_size:,} ids"
-    source, share = preparation.sources[0], preparation.validation_share
-    pieces = corpus.plan(corpus.find_files(source.path))
-    size = sum(piece.size for piece in pieces)
-    report = train_tokenizer(  # on the documents for training alone: what is held out is held out from everything
-        lambda: (text for text in corpus.texts(pieces, source.text) if hash_share({"text": text}) >= share),
-        output,
-        vocab_size=vocab_size or (4000 if size < 2e6 else 8000 if size < 10e6 else 16000),
-        sample_bytes=20_000_000,
-    )
+    pieces = [(source.text, corpus.plan(corpus.find_files(source.path))) for source in preparation.sources]
+    size = sum(piece.size for _, planned in pieces for piece in planned)
+
+    def documents() -> Iterator[str]:
+        for column, planned in pieces:
+            for document in corpus.texts(planned, column):
+                if hash_share({"text": document}) >= share:  # what is held out is held out from the tokenizer too
+                    yield document
+
+    sizes = [vocab_size] if vocab_size else [n for n in _VOCABULARIES if n <= max(4000, size / 1000)]
+    report = _train_fitting(documents, output, sizes)
     return (
         f"{report.vocab_size:,} ids from {report.sampled_bytes:,} of {report.bytes:,} bytes in {report.documents:,} "
         f"documents; skipped {report.skipped_bytes:,} bytes"
     )
 
 
-def _agreed(recipe: str, work_dir: Path, console: Console) -> bool:
+def _train_fitting(documents: Callable[[], Iterator[str]], output: Path, sizes: list[int]) -> TrainingReport:
+    """A tokenizer of the first size that the corpus allows."""
+    try:
+        return train_tokenizer(documents, output, vocab_size=sizes[0], sample_bytes=20_000_000)
+    except UserError:
+        if len(sizes) == 1:
+            raise
+        return _train_fitting(documents, output, sizes[1:])
+
+
+def _agreed(recipe: str, work_dir: Path, ask: bool, console: Console) -> bool:
     """Measures some steps, says how long the run would take, and asks."""
+    if ask and not sys.stdin.isatty():
+        raise UserError("there is no terminal to ask on", "add --yes to go on without asking")
     measured = work_dir / "measured"
     console.print(f"Measuring {_MEASURED_STEPS} steps ...")
-    flags = [f"--train.max_steps={_MEASURED_STEPS}", "--evaluate.batches=1"]
-    flags += ["--schedule.warmup_steps=0", "--schedule.decay_steps=null"]
+    flags = [f"--train.max_steps={_MEASURED_STEPS}", "--train.max_epochs=null", "--train.max_tokens=null"]
+    flags += ["--evaluate.batches=1", "--schedule.warmup_steps=0", "--schedule.decay_steps=null"]
+    shutil.rmtree(measured, ignore_errors=True)
     try:
-        if launch(["train", f"--config={recipe}", f"--run-dir={measured}", *flags], _PROCESSES):
+        if launch([f"--config={recipe}", *flags], measured, _processes()):
             raise UserError("the measured steps failed", f"see the line above, and edit {recipe}")
         seconds = [line["step_seconds"] for line in read_metrics(measured) if "step_seconds" in line][-1]
     finally:
         shutil.rmtree(measured, ignore_errors=True)
-    steps = configuration.load(configuration.TrainingRun, [recipe]).train.max_steps or 0
+    steps = planned_steps(configuration.load(configuration.TrainingRun, [recipe]))
     console.print(
-        f"{seconds:.2f} s a step: {steps} steps would take about {steps * seconds / 60:.0f} minutes, "
+        f"{seconds:.2f} s a step: {steps} steps will take about {math.ceil(steps * seconds / 60)} minutes, "
         f"validation and instruction tuning not counted. Change them in {recipe}."
     )
-    if not sys.stdin.isatty():
-        raise UserError("there is no terminal to ask on", "add --yes to go on without asking")
-    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+    return not ask or input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _processes() -> int:
+    return min(2, most_processes())
 
 
 def _before_and_after(run_dir: Path) -> str:
@@ -192,18 +228,30 @@ def _before_and_after(run_dir: Path) -> str:
     return "; ".join(parts)
 
 
-def _show_generations(models: dict[str, Path], instructions: configuration.PrepareConfig, console: Console) -> None:
+def _show_generations(
+    models: dict[str, Path],
+    preparation: configuration.PrepareConfig,
+    instructions: configuration.PrepareConfig,
+    console: Console,
+) -> None:
+    """Continues the beginnings of three trained documents, and answers three trained instructions."""
     base, instruct = (Generator(folder) for folder in models.values())
-    for prompt in _PRETRAIN_PROMPTS:
+    split = open_store(Path(preparation.output)).train
+    for index in range(min(3, split.documents)):
+        prompt = base.tokenizer.decode(split.document(index)[0][:6].tolist())
         reply, _ = base.generate(prompt, max_new_tokens=60)
         console.print(f"[base]     {prompt} ▸ {reply}", markup=False)
-    files = corpus.find_files(instructions.sources[0].path)
-    records = [record.values for piece in corpus.plan(files) for record in corpus.read_records(piece)]
-    trained = [record for record in records if hash_share(record) >= instructions.validation_share]
-    for record in [record for record in trained if not record.get("input")][:3]:
-        reply, stopped = instruct.generate(record["instruction"], max_new_tokens=120)
-        end = "" if stopped else " …"
-        console.print(f"[instruct] {record['instruction']} ▸ {reply}{end}", markup=False)
+    source = instructions.sources[0]
+    columns = {field: source.fields.get(field, field) for field in FIELDS}
+    shown = 0
+    for piece in corpus.plan(corpus.find_files(source.path)):
+        for record in corpus.read_records(piece):
+            values = {field: record.values.get(column) or "" for field, column in columns.items()}
+            if values["input"] or hash_share(values) < instructions.validation_share or shown == 3:
+                continue
+            reply, stopped = instruct.generate(values["instruction"], max_new_tokens=120)
+            console.print(f"[instruct] {values['instruction']} ▸ {reply}{'' if stopped else ' …'}", markup=False)
+            shown += 1
 
 
 def _show_summary(rows: list[tuple[str, str, str, float]], console: Console) -> None:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, instructions, store
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import Contract, check_contract, read_contract
+from tsumugu.tokenizer.contract import Contract, check_contract, copy_tokenizer, read_contract
 from tsumugu.tokenizer.load import BulkEncoder
 
 TASK_BYTES = 8 * 2**20  # small files of a source share a task up to this size
@@ -72,7 +72,7 @@ def prepare(config: PrepareConfig) -> dict:
     settings = _settings(config, contract, files)
     if (output / store.MANIFEST).exists():
         manifest = store.open_store(output).manifest
-        if changed := _changed(manifest["settings"], settings):
+        if changed := _changed(manifest.get("settings", {}), settings):
             raise UserError(
                 f"{output} holds a store made with other settings: {changed}",
                 "choose another prepare.output, or delete that folder",
@@ -85,7 +85,7 @@ def prepare(config: PrepareConfig) -> dict:
     check_contract(tokenizer)
 
     tasks = [task for source in config.sources for task in _tasks(source)]
-    _start(output, {"settings": settings, "modified": [Path(file).stat().st_mtime_ns for file in files]})
+    _start(output, settings)
     progress_file = output / _WORK / "progress.bin"
     np.zeros(len(tasks), np.int64).tofile(progress_file)
     executor = _Executor(
@@ -120,36 +120,36 @@ def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> di
     for key in ("output", "workers"):
         del settings[key]
     settings["tokenizer"] = contract.fingerprint
-    settings["files"] = [[file, Path(file).stat().st_size] for file in files]
+    settings["files"] = [[file, stat.st_size, stat.st_mtime_ns] for file in files if (stat := Path(file).stat())]
     return settings
 
 
 def _changed(old: dict, new: dict) -> str:
     """The keys that differ, for a message; empty where none does."""
     names = [f"prepare.{key}" for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return ", ".join("input files or their sizes" if name == "prepare.files" else name for name in names)
+    return ", ".join("input files were modified" if name == "prepare.files" else name for name in names)
 
 
-def _start(output: Path, plan: dict) -> None:
-    """Readies the output folder: unfinished work of the same plan stays there, that of another plan is thrown away."""
-    work, plan_file = output / _WORK, output / _WORK / "plan.json"
+def _start(output: Path, settings: dict) -> None:
+    """Readies the output folder: unfinished work with the same settings stays there, other work is thrown away."""
+    work, settings_file = output / _WORK, output / _WORK / "settings.json"
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is not a folder", "choose another prepare.output")
     if output.is_dir() and not work.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise UserError(
             f"{output} holds something else than a token store", "choose another prepare.output, or empty it"
         )
-    unfinished = json.loads(plan_file.read_text(encoding="utf-8")) if plan_file.exists() else None
-    if unfinished == plan:
+    unfinished = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    if unfinished == settings:
         return
     if unfinished is not None:
-        changed = _changed(unfinished["settings"], plan["settings"]) or "input files were modified"
+        changed = _changed(unfinished, settings)
         print(f"{output}: unfinished work is thrown away, since it was made otherwise ({changed})", file=sys.stderr)
     for folder in (*store.SPLITS, "tokenizer", _WORK):  # _WORK last: whatever is left after a kill is thrown away too
         if (output / folder).exists():
             shutil.rmtree(output / folder)
     work.mkdir(parents=True)
-    _write_json(plan_file, plan)
+    _write_json(settings_file, settings)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -387,9 +387,7 @@ def _write_manifest(config: PrepareConfig, contract: Contract, settings: dict, s
             f"of {splits['train']['documents']} documents none was chosen for validation",
             "add documents, raise prepare.validation_share, or set it to 0 to train without validation",
         )
-    if (output / "tokenizer").exists():  # of a run that was killed here
-        shutil.rmtree(output / "tokenizer")
-    shutil.copytree(config.tokenizer, output / "tokenizer")
+    copy_tokenizer(Path(config.tokenizer), output / "tokenizer")
     manifest = {
         "version": store.FORMAT_VERSION,
         "kind": config.kind,

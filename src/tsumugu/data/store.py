@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 
+_MANIFEST_KEYS = ("kind", "tokenizer", "template", "add_bos", "splits")  # those that are read back
+
 _IDX_HEADER = b"MMIDIDX\x00\x00"
 _DTYPE_CODES: dict[int, type] = {4: np.int32, 8: np.uint16}  # the codes that megatron-core gives these dtypes
 
@@ -245,8 +247,12 @@ def read_manifest(path: Path) -> dict:
         raise UserError(f"{path} holds no token store", "make one with `tsumugu prepare`") from None
     except ValueError as error:
         raise UserError(f"{path / MANIFEST} is damaged ({error})", "prepare the store again") from None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path / MANIFEST} is damaged (it holds no JSON object)", "prepare the store again")
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(f"{path}: store version {manifest.get('version')} is not read here", "prepare the store again")
+    if missing := [key for key in _MANIFEST_KEYS if key not in manifest]:
+        raise UserError(f"{path / MANIFEST} is damaged (it lacks {', '.join(missing)})", "prepare the store again")
     return manifest
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import uuid
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -11,24 +12,34 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tsumugu.errors import UserError
+from tsumugu.training.checkpoint import complete_steps
 
 
-def launch(arguments: list[str], processes: int | None = None) -> int:
-    """Runs `tsumugu ARGUMENTS` in several processes that find each other on this machine.
+def most_processes() -> int:
+    """The processes that this machine has room for: one a GPU, without GPUs one a core."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
+
+
+def launch(arguments: list[str], run_dir: Path, processes: int | None = None) -> int:
+    """Runs `tsumugu train ARGUMENTS` in several processes that find each other on this machine.
 
     Args:
-        arguments: The arguments of the subcommand, such as ["train", "--config", "x.yaml"].
+        arguments: Of `tsumugu train`, but for --run-dir.
+        run_dir: The run folder.
         processes: Default: one a GPU; without GPUs, one.
 
     Returns:
-        The exit code: that of the first process that failed, or 0.
+        The exit code: 0, that of the first process that failed, 3 for a run that was interrupted and can go on.
+
+    Raises:
+        UserError: More processes than the machine has GPUs, or cores.
     """
-    count = processes or torch.cuda.device_count() or 1
-    cores = os.cpu_count() or 1
-    if not torch.cuda.is_available() and count > cores:
-        raise UserError(f"--processes {count} on {cores} cores", f"use {cores} or fewer")
+    count = torch.cuda.device_count() or 1 if processes is None else processes
+    if not 1 <= count <= most_processes():
+        devices = "GPUs" if torch.cuda.is_available() else "cores"
+        raise UserError(f"--processes {count}: this machine has {most_processes()} {devices}", "use one each at most")
     # torchrun's own default is one thread a process, whatever the machine
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     # and it kills children 30 s after it asked them to stop, whether or not their checkpoint is written
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the children say what is wrong
@@ -42,10 +53,10 @@ def launch(arguments: list[str], processes: int | None = None) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(launch_config, sys.executable)("-m", "tsumugu", *arguments)
+        elastic_launch(launch_config, sys.executable)("-m", "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
     except ChildFailedError as error:
         first = min(error.failures.values(), key=lambda failure: failure.timestamp)
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    except SignalException:  # the children were given time to save, and say how far they came
-        return 3
+    except SignalException as error:  # the children were given time to save, and said how far they came
+        return 3 if complete_steps(run_dir) else 128 + error.sigval
     return 0

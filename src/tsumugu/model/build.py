@@ -27,6 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from tsumugu.distributed.parallelize import shard
 from tsumugu.errors import UserError
+from tsumugu.tokenizer.contract import Contract
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -42,6 +43,24 @@ def read_config(path: str) -> PretrainedConfig:
         raise UserError(f"no model configuration at {path}: {reason}", "give a folder with a config.json") from None
 
 
+def take_special_ids(config: PretrainedConfig, contract: Contract) -> None:
+    """Gives the configuration the tokenizer's special ids; further stop ids stay where they are markers without text.
+
+    What the configuration says by itself may be of another tokenizer, and its padding id is a row that never learns.
+    """
+    config.bos_token_id, config.pad_token_id = contract.bos_id, contract.pad_id
+    markers = {id for id, size in enumerate(contract.token_bytes) if size == 0} - {contract.unk_id, contract.eos_id}
+    ids = [contract.eos_id, *(id for id in stop_ids(config) if id in markers)]
+    ids = [id for id in ids if id is not None]
+    config.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+
+
+def stop_ids(config: PretrainedConfig) -> list[int]:
+    """The ids at which generation stops; a configuration names none, one or several."""
+    ids = config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a configuration on the meta device: names and shapes, no memory.
 
@@ -51,8 +70,8 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+    except (ValueError, AssertionError) as error:  # torch asserts that the padding id is one of the vocabulary
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"no causal language model of type {config.model_type}: {reason}", "mend its config") from None
 
 

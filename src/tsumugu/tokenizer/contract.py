@@ -6,6 +6,7 @@ length of each token turns losses into bits per byte. Reading a contract needs n
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _FILE = "contract.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", _FILE)
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
 GOLDEN = (
@@ -97,15 +99,18 @@ def read_contract(folder: Path) -> Contract:
     path = folder / _FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no {_FILE}", "make the tokenizer with `tsumugu tokenizer`") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}", "make the tokenizer again") from None
-    if content.get("version") != VERSION:
+    if isinstance(content, dict) and content.get("version") != VERSION:
         raise UserError(f"{path} is of version {content.get('version')}, not {VERSION}", "make the tokenizer again")
-    content["golden"] = tuple((pair["text"], tuple(pair["ids"])) for pair in content["golden"])
-    content["token_bytes"] = tuple(content["token_bytes"])
-    return Contract(**content)
+    try:
+        content["golden"] = tuple((pair["text"], tuple(pair["ids"])) for pair in content["golden"])
+        content["token_bytes"] = tuple(content["token_bytes"])
+        return Contract(**content)
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: it lacks parts of a contract", "make the tokenizer again") from None
 
 
 def check_contract(folder: Path) -> Contract:
@@ -124,6 +129,14 @@ def check_contract(folder: Path) -> Contract:
         if getattr(contract, field.name) != getattr(found, field.name):
             raise UserError(f"{broken}: {field.name} differs", hint)
     return contract
+
+
+def copy_tokenizer(source: Path, output: Path) -> None:
+    """Copies a tokenizer and its contract, and nothing else that lies in the folder, such as the weights of a model."""
+    output.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, output / name)
 
 
 def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:

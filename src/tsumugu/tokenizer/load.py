@@ -256,7 +256,7 @@ def check_unicode(text: str, what: str) -> None:
     except UnicodeEncodeError as error:
         raise UserError(
             f"{what} is not valid Unicode: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}",
-            "repair or drop that document",
+            "repair or drop it",
         ) from None
 
 

@@ -12,6 +12,7 @@ pickle: load checkpoints only from those whom you would let run code.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from tsumugu.model.build import rebuild_buffers, tied_names
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
+
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 
 def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -57,9 +60,10 @@ def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.opti
 
 def _clear(temporary: Path) -> None:
     """Makes the empty folder, and deletes what killed saves and deletions have left."""
-    for leftover in temporary.parent.glob(".step-*"):
-        shutil.rmtree(leftover)
-    for path in temporary.parent.glob("step-*"):
+    for path in temporary.parent.glob(".step-*"):
+        if _NAME.fullmatch(path.name.removeprefix(".")):
+            shutil.rmtree(path)
+    for _, path in _named(temporary.parent.parent):
         if not (path / COMPLETE).exists():
             shutil.rmtree(path)
     temporary.mkdir(parents=True)
@@ -97,8 +101,13 @@ def _delete(path: Path) -> None:
 
 def complete_steps(run_dir: Path) -> list[int]:
     """Steps with a checkpoint whose files are all there at their sizes, oldest first."""
-    candidates = sorted((run_dir / "checkpoints").glob("step-*"))
-    return [int(path.name.removeprefix("step-")) for path in candidates if _fault(path, hashes=False) is None]
+    return [step for step, path in _named(run_dir) if _fault(path, hashes=False) is None]
+
+
+def _named(run_dir: Path) -> list[tuple[int, Path]]:
+    """Steps and folders whose names are those of checkpoints, oldest first; other names are somebody else's."""
+    matches = [(_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
 
 
 def newest(run_dir: Path, report: Callable[[str], None]) -> int | None:
@@ -114,10 +123,10 @@ def newest(run_dir: Path, report: Callable[[str], None]) -> int | None:
 
     def find() -> int | None:
         damaged = False
-        for path in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        for step, path in reversed(_named(run_dir)):
             fault = _fault(path, hashes=True)
             if fault is None:
-                return int(path.name.removeprefix("step-"))
+                return step
             report(f"{path} is passed over: {fault}")
             damaged = damaged or (path / COMPLETE).exists()
         if damaged:
@@ -226,7 +235,7 @@ def is_disk_full(error: BaseException | None) -> bool:
     if isinstance(error, CheckpointException):
         return any(is_disk_full(cause) for cause, _ in error.failures.values())
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
         if "No space left" in str(error) or "unexpected pos" in str(error):  # torch's writers say only this
             return True

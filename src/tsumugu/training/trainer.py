@@ -8,7 +8,6 @@ import hashlib
 import inspect
 import json
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from tsumugu.errors import UserError
 from tsumugu.model import build
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
-from tsumugu.tokenizer.contract import Contract, read_contract
+from tsumugu.tokenizer.contract import Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
@@ -135,7 +134,7 @@ class Trainer:
             self.step += 1
             interval.add(figures)
             last = self.step == self.max_steps
-            if _due(self.step, self.config.train.log_every) or last:
+            if self.step == 1 or _due(self.step, self.config.train.log_every) or last:
                 self._log(figures, interval)
                 interval = _Interval()
             if self.metrics:
@@ -316,6 +315,12 @@ class _Interval:
         self.data_seconds += figures.data_seconds
 
 
+def planned_steps(config: TrainingRun) -> int:
+    """The steps that a configuration asks for, on the store that it names."""
+    store = open_store(Path(config.data.store))
+    return _length(config, len(_rows(config, store, _store_contract(store))[0]))[0]
+
+
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
@@ -377,11 +382,14 @@ def _model_config(
 
     `saved` is the checkpoint that the weights come from, if they do; `resumed` says whether it is the run's own.
     """
-    model = config.model
+    model, own_tokenizer = config.model, config.tokenizer.path
+    if own_tokenizer is not None:
+        _check_tokenizer(own_tokenizer, contract, "tokenizer.path", own_tokenizer)
     if model.preset is not None:
         result = preset_config(model.preset, contract)
     elif model.config is not None:
         result = build.read_config(model.config)
+        build.take_special_ids(result, contract)
     elif saved is not None:  # of a run that resumes: what it started from need not exist any more
         run_dir = saved.parents[1]
         result = build.read_config(str(run_dir / "model"))
@@ -392,7 +400,8 @@ def _model_config(
         name = model.pretrained
         folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
         result = build.read_config(str(folder))
-        _check_tokenizer(config.tokenizer.path or str(folder), contract, "model.pretrained", name)
+        if own_tokenizer is None or (folder / "contract.json").exists():
+            _check_tokenizer(str(folder), contract, "model.pretrained", name)
     if contract.vocab_size > result.vocab_size:
         raise UserError(
             f"the store's tokenizer has {contract.vocab_size} ids, the model only {result.vocab_size}",
@@ -458,4 +467,4 @@ def _write_origin(run_dir: Path, model_config: PretrainedConfig, store: Store) -
     """What every checkpoint of the run needs beside it; written once, since a run may be killed while it resumes."""
     run_dir.mkdir(parents=True, exist_ok=True)
     model_config.save_pretrained(run_dir / "model")
-    shutil.copytree(store.path / "tokenizer", run_dir / "tokenizer", dirs_exist_ok=True)
+    copy_tokenizer(store.path / "tokenizer", run_dir / "tokenizer")
