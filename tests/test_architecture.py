@@ -1,5 +1,6 @@
 """The house as docs/architecture.md draws it, and the recipes that it ships."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tsumugu import config
+from tsumugu.cli import main
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -38,3 +40,15 @@ def test_a_later_file_and_flags_win_and_lists_are_replaced_whole(tmp_path):
     loaded = config.load(config.Preparation, [str(first), str(second)], ["--prepare.output", "q"])
     assert [source.name for source in loaded.prepare.sources] == ["c"]
     assert (loaded.prepare.tokenizer, loaded.prepare.output) == ("t", "q")
+
+
+def test_the_english_recipe_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart/corpus").mkdir(parents=True)
+    shutil.copy(ROOT / "src/tsumugu/sample/english.jsonl", "quickstart/corpus")
+    prepare, pretrain = (str(ROOT / "recipes" / f"english-{name}.yaml") for name in ("prepare", "pretrain"))
+    command = next(line for line in Path(prepare).read_text().splitlines() if "tokenizer train" in line)
+    assert main(command.lstrip("# ").split()[1:]) == 0
+    assert main(["prepare", "--config", prepare]) == 0
+    shorter = ["--train.max_epochs=null", "--train.max_steps=2", "--schedule.warmup_steps=0", "--evaluate.batches=1"]
+    assert main(["train", "--config", pretrain, "--run-dir", "run", *shorter]) == 0

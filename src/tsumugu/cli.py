@@ -5,14 +5,21 @@ Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong (one line), 
 
 import argparse
 import errno
+import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tsumugu import __version__
 from tsumugu.errors import UserError
+
+# What the user can mend; other errors of the system are shown whole.
+_FAULTS_OF_PATHS_AND_DISKS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _refuse(str(error))
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno in _FAULTS_OF_PATHS_AND_DISKS:
             where = f" ({error.filename})" if error.filename else ""
             return _refuse(f"{error.strerror}{where}")
         raise
@@ -59,7 +66,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     quickstart.add_argument("--work-dir", default="quickstart", help="folder for everything (default: quickstart)")
     quickstart.add_argument("--input", nargs="+", metavar="PATH", help="your own text in place of the built-in corpus")
     quickstart.add_argument("--text", default="text", metavar="COLUMN", help="its text column (default: text)")
-    quickstart.add_argument("--vocab-size", type=int, metavar="N", help="default: by the size of the corpus")
+    quickstart.add_argument("--vocab-size", type=_whole(1), metavar="N", help="default: by the size of the corpus")
     quickstart.add_argument("--yes", action="store_true", help="do not ask before the long part")
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer")
@@ -68,11 +75,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train_tokenizer.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     train_tokenizer.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
     train_tokenizer.add_argument("--output", required=True, metavar="DIR")
-    train_tokenizer.add_argument("--vocab-size", type=int, default=32000, metavar="N", help="default: 32000")
+    train_tokenizer.add_argument("--vocab-size", type=_whole(1), default=32000, metavar="N", help="default: 32000")
     train_tokenizer.add_argument(
-        "--sample-bytes", type=float, default=2e9, metavar="N", help="size of a random sample of it (default: 2e9)"
+        "--sample-bytes",
+        type=_whole(1, 2**63),
+        default=2 * 10**9,
+        metavar="N",
+        help="size of a random sample of it (default: 2e9)",
     )
-    train_tokenizer.add_argument("--reserved", type=int, default=100, metavar="N", help="spare ids (default: 100)")
+    train_tokenizer.add_argument(
+        "--reserved", type=_whole(0), default=100, metavar="N", help="spare ids (default: 100)"
+    )
 
     prepare = command(
         commands,
@@ -126,6 +139,21 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
+def _whole(least: int, limit: int = 2**31) -> Callable[[str], int]:
+    """The type of an argument: a whole number, also written as 2e9, from `least` to below `limit`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < limit or not value.is_integer():
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} to {limit - 1}")
+        return int(value)
+
+    return parse
+
+
 class _Keys(argparse.Action):
     """Prints the keys of a configuration with their meaning, types and defaults."""
 
@@ -157,7 +185,7 @@ def _train_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
         lambda: corpus.texts(pieces, options.text),
         Path(options.output),
         vocab_size=options.vocab_size,
-        sample_bytes=int(options.sample_bytes),
+        sample_bytes=options.sample_bytes,
         reserved=options.reserved,
     )
     print(

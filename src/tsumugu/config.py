@@ -6,6 +6,7 @@ types and values that contradict each other are refused here, before anything is
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import typing
@@ -414,7 +415,7 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
         for section, section_class in typing.get_type_hints(config_class).items()
         for key, hint in typing.get_type_hints(section_class).items()
     }
-    for flag, following in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         if not flag.startswith("--"):
             continue
         written, has_value, value = flag.partition("=")
