@@ -120,6 +120,14 @@ def test_verify_finds_a_changed_byte(made, tmp_path, tokenizer_folder, refused, 
         (["generate", "nowhere", "--prompt", "あ"], ["nowhere", "no model"]),
         (["export", "x", "--output", "y", "--stepp", "3"], ["--stepp"]),
         (["tokenizer", "train", "--input", "x", "--output", "y", "--vocab-size", "many"], ["--vocab-size", "many"]),
+        *(
+            (["tokenizer", "train", "--input", "x", "--output", "y", flag, value], [flag, f"{value} is not a whole"])
+            for flag, value in [
+                *(("--sample-bytes", "nan"), ("--sample-bytes", "inf"), ("--sample-bytes", "0")),
+                *(("--vocab-size", "99999999999"), ("--vocab-size", "0"), ("--vocab-size", "-1")),
+                *(("--reserved", "-3"), ("--reserved", "2e9")),
+            ]
+        ),
     ],
 )
 def test_wrong_arguments(arguments, words, refused, tmp_path, monkeypatch):
@@ -144,13 +152,111 @@ def test_misspelt_keys_in_lists_are_named_by_index(tmp_path, refused):
     assert "prepare.sources[1].pth" in refused("prepare", "--config", config)
 
 
+SOURCES = [{"name": "texts", "path": "corpus.jsonl"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("schedule: [cosine]", ["wrong.yaml: schedule holds no keys but [cosine]"]),
+        ("schedule: cosine", ["wrong.yaml: schedule holds no keys but cosine"]),
+        ("checkpoint: off", ["wrong.yaml: checkpoint holds no keys but false"]),
+        ("optimizer: null", ["wrong.yaml: optimizer holds no keys but null"]),
+        ("train: {seed: 2024-13-45}", ["wrong.yaml: not YAML: month must be in 1..12"]),
+        ("data: [1]", ["wrong.yaml: data holds no keys but [1]"]),
+        ("train: {seed: 1.5}", ["wrong.yaml: train.seed: expected int, got 1.5"]),
+        ("train: {log_to: [wandb]}", ["wrong.yaml: train.log_to: expected 'tensorboard', got wandb"]),
+        ("train:\n  seed: 1\n  log_every: 2\n  seed: 3\n", ["wrong.yaml:4:", "the key seed is given twice"]),
+        ("train: {seed: 1}\ndata: {}\ntrain: {seed: 1}\n", ["wrong.yaml:3:", "the key train is given twice"]),
+    ],
+)
+def test_files_of_another_form_than_a_configuration(made, tmp_path, refused, content, words):
+    (tmp_path / "wrong.yaml").write_text(content)
+    line = refused("train", "--config", made / "train.yaml", "--config", tmp_path / "wrong.yaml")
+    assert all(word in line for word in words)
+    assert "<class" not in line
+
+
+@pytest.mark.parametrize("value", ["probe.Thing", {"class_path": "probe.Thing"}, {"class_path": "probe.Thing", "x": 1}])
+def test_a_configuration_imports_no_code(made, tmp_path, refused, monkeypatch, value):
+    (tmp_path / "probe.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    train, prepare = made / "train.yaml", made / "prepare.yaml"
+    text = json.dumps(value)
+
+    def of(section: str, content) -> Path:
+        return write_yaml(tmp_path / "code.yaml", {section: content})
+
+    assert "code.yaml: " in refused("train", "--config", train, "--config", of("model", value))
+    assert "model.preset" in refused("train", "--config", train, "--config", of("model", {"preset": {"a": value}}))
+    for sources, place in ((value, "prepare.sources"), ([value], "prepare.sources[0]"), ([*SOURCES, value], "[1]")):
+        line = refused("prepare", "--config", prepare, "--config", of("prepare", {"sources": sources}))
+        assert "code.yaml: " in line
+        assert place in line
+    fields = [{**SOURCES[0], "kind": "instructions", "fields": value if isinstance(value, str) else {"a": value}}]
+    refused("prepare", "--config", prepare, "--config", of("prepare", {"sources": fields}))
+    for flags in ([f"--model={text}"], ["--model", text], [f"--model.preset={json.dumps({'a': value})}"]):
+        refused("train", "--config", train, *flags)
+    for flag in ("--prepare.sources", "--prepare.sources+"):
+        for written in (text, f"[{text}]"):
+            assert flag in refused("prepare", "--config", prepare, f"{flag}={written}")
+            assert flag in refused("prepare", "--config", prepare, flag, written)
+    assert not (tmp_path / "imported").exists()
+
+
+def test_lists_given_as_flags_are_checked_like_those_in_files(made, refused):
+    prepare = ("prepare", "--config", made / "prepare.yaml")
+    line = refused(*prepare, "--prepare.sources", "[{name: a, path: b}, {name: c, pth: d}]")
+    assert "--prepare.sources: unknown key prepare.sources[1].pth (did you mean prepare.sources[1].path?)" in line
+    assert "prepare.sources[0].pth" in refused(*prepare, "--prepare.sources+={name: c, pth: d}")
+    assert "--prepare.sources: not YAML" in refused(*prepare, "--prepare.sources=[{name: a")
+    assert "has the same name twice" in refused(*prepare, "--prepare.sources+={name: texts, path: b}")
+
+
+def test_settings_that_would_do_nothing(made, refused):
+    prepare = ("prepare", "--config", made / "prepare.yaml")
+    assert "prepare.max_length is set for text" in refused(*prepare, "--prepare.max_length=5")
+    sources = "[{name: a, path: b, fields: {input: c}}]"
+    assert "prepare.sources[0].fields is set for text" in refused(*prepare, f"--prepare.sources={sources}")
+
+
+def test_files_where_folders_should_be(made, tmp_path, refused):
+    file = tmp_path / "afile"
+    file.write_text("x")
+    corpus = made / "corpus.jsonl"
+    train = ("train", "--config", made / "train.yaml")
+    for command in (
+        ("tokenizer", "train", "--input", corpus, "--output", file),
+        ("tokenizer", "train", "--input", corpus, "--output", file / "y", "--vocab-size", 490),
+        (*train, "--run-dir", file),
+        (*train, "--run-dir", file / "y"),
+        ("prepare", "--config", made / "prepare.yaml", "--output", file / "y"),
+        ("prepare", "--config", made / "prepare.yaml", "--output", tmp_path / ("y" * 300)),
+        ("export", made / "run", "--output", file / "y"),
+    ):
+        assert str(tmp_path) in refused(*command)
+    line = refused("prepare", "--config", made / "prepare.yaml", f"--prepare.tokenizer={corpus}")
+    assert "corpus.jsonl holds no contract.json" in line
+    assert "x.yaml: no such file" in refused("train", "--config", file / "x.yaml")
+
+
+def test_a_prompt_that_is_no_text(made, tmp_path, refused):
+    assert main(["export", str(made / "run"), "--output", str(tmp_path / "model")]) == 0
+    for flags in (("--prompt", "\udcff"), ("--prompt", "雨", "--template", "alpaca-ja", "--input", "\udcff")):
+        assert "lone surrogate U+DCFF" in refused("generate", tmp_path / "model", *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--train.global_batch_size=3", "--train.micro_batch_size=2"], ["global_batch_size 3", "micro_batch_size 2"]),
         (["--train.max_steps=0"], ["train.max_steps"]),
-        (["--train.max_steps=many"], ["train.max_steps", "many"]),
-        (["--train.max_tokens=100"], ["train.max_steps, train.max_tokens"]),
+        (["--train.max_steps=many"], ["tsumugu: train.max_steps: expected int or null, got many"]),
+        (["--schedule.kind", "cos"], ["schedule.kind: expected 'constant', 'linear'", "got cos"]),
+        (["--model", "nested.yaml"], ["unknown flag --model", "--model.preset"]),
+        (["--train.max_tokens=100"], ["train.max_steps and train.max_tokens are set", "--train.max_tokens null"]),
+        (["--train.max_steps=null", "--train.max_epochs=.inf"], ["train.max_epochs is inf"]),
+        (["--optimizer.weight_decay=.nan"], ["optimizer.weight_decay is nan"]),
         (["--model.preset=huge"], ["huge", "tiny"]),
         (["--model.preset=null"], ["model.preset"]),
         (["--model.config=nowhere", "--model.preset=null"], ["nowhere"]),
@@ -184,6 +290,40 @@ def test_a_store_made_with_another_tokenizer(made, tmp_path, refused, capsys):
     flags = [f"--train.start_from={made / 'run'}", "--model.preset=null", f"--data.store={store}"]
     line = refused("train", "--config", made / "train.yaml", "--run-dir", tmp_path / "run", *flags)
     assert "another tokenizer" in line
+
+
+def test_the_tokenizer_that_the_user_names_is_compared_with_the_store(made, tmp_path, refused, tokenizer_folder):
+    other = tmp_path / "other"
+    arguments = ["tokenizer", "train", "--input", made / "corpus.jsonl", "--output", other, "--vocab-size", 490]
+    assert main([*map(str, arguments)]) == 0
+    train = ("train", "--config", made / "train.yaml", "--run-dir", tmp_path / "run")
+    assert "another tokenizer than tokenizer.path" in refused(*train, f"--tokenizer.path={other}")
+    assert "tokenizer.path nowhere: no contract" in refused(*train, "--tokenizer.path=nowhere")
+
+    model = tmp_path / "model"
+    assert main(["export", str(made / "run"), "--output", str(model)]) == 0
+    pretrained = (*train, "--model.preset=null", f"--model.pretrained={model}")
+    assert "tokenizer.path" in refused(*pretrained, f"--tokenizer.path={other}")
+    shutil.copy(other / "contract.json", model)  # the model's own contract counts too
+    line = refused(*pretrained, f"--tokenizer.path={tokenizer_folder}")
+    assert "another tokenizer than model.pretrained" in line
+    (model / "contract.json").unlink()
+    assert "no contract of its tokenizer" in refused(*pretrained)
+    assert main([*map(str, pretrained), f"--tokenizer.path={tokenizer_folder}"]) == 0
+
+
+def test_a_tokenizer_taken_from_an_export_brings_no_weights_along(made, tmp_path):
+    assert main(["export", str(made / "run"), "--output", str(tmp_path / "model")]) == 0
+    (tmp_path / "model" / "chat_template.jinja").write_text("of another training")
+    prepare = ["--config", str(made / "prepare.yaml"), f"--prepare.tokenizer={tmp_path / 'model'}"]
+    assert main(["prepare", *prepare, "--output", str(tmp_path / "store")]) == 0
+    train = ["--config", str(made / "train.yaml"), f"--data.store={tmp_path / 'store'}"]
+    assert main(["train", *train, "--run-dir", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "next")]) == 0
+    names = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "contract.json"}
+    for folder in ("store", "run"):
+        assert {path.name for path in (tmp_path / folder / "tokenizer").iterdir()} == names
+    assert not (tmp_path / "next" / "chat_template.jinja").exists()
 
 
 def test_corpora_that_cannot_be_used(made, tmp_path, refused, tokenizer_folder):
@@ -257,3 +397,33 @@ def test_a_full_disk(made, small_disk, tmp_path, refused):
     with open(small_disk / "filler", "wb") as filler:
         filler.write(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
     assert "no space left" in refused(*command).lower()
+
+
+def test_files_that_the_system_does_not_let_grow(made, tmp_path):
+    """Like a full disk, but for everybody: a limit on the size of files."""
+    large = write_jsonl(tmp_path / "large.jsonl", [{"text": f"{n} " + "糸を紡ぐ。" * 200} for n in range(200)])
+    script = (
+        "import resource, sys\n"
+        "from tsumugu.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))\n"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    prepare = ["prepare", "--config", made / "prepare.yaml", f"--prepare.sources=[{{name: large, path: {large}}}]"]
+    commands = {
+        "store": (20_000, [*prepare, "--output"]),
+        "run": (200_000, ["train", "--config", made / "train.yaml", "--run-dir"]),
+        "model": (200_000, ["export", made / "run", "--output"]),
+        "tokenizer": (
+            20_000,
+            ["tokenizer", "train", "--input", made / "corpus.jsonl", "--vocab-size", 490, "--output"],
+        ),
+    }
+    for name, (limit, command) in commands.items():
+        arguments = [str(argument) for argument in (limit, *command, tmp_path / name)]
+        done = subprocess.run([sys.executable, "-c", script, *arguments], check=False, capture_output=True, text=True)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("tsumugu: ")]
+        assert (done.returncode, len(lines)) == (2, 1), (name, done.stderr)
+        assert "no space left" in lines[0] or "File too large" in lines[0]
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "model").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

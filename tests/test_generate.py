@@ -140,6 +140,8 @@ def test_what_cannot_be_used_is_the_users_error(model_folder: Path, tmp_path: Pa
         ("", "", 5): "the prompt is empty",
         ("雨", "入力", 5): "no prompt template",
         ("雨", "", 0): "--max-new-tokens is 0",
+        ("雨\udcff", "", 5): r"the prompt is not valid Unicode: lone surrogate U\+DCFF at character 1",
+        ("雨", "\udcff", 5): "the input is not valid Unicode",
     }.items():
         with pytest.raises(UserError, match=message):
             generator.generate(*arguments)

@@ -84,7 +84,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="size of a random sample of it (default: 2e9)",
     )
     train_tokenizer.add_argument(
-        "--reserved", type=_whole(0), default=100, metavar="N", help="spare ids (default: 100)"
+        "--reserved", type=_whole(0, 10**6), default=100, metavar="N", help="spare ids (default: 100)"
     )
 
     prepare = command(
@@ -139,7 +139,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
-def _whole(least: int, limit: int = 2**31) -> Callable[[str], int]:
+def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
     """The type of an argument: a whole number, also written as 2e9, from `least` to below `limit`."""
 
     def parse(text: str) -> int:

@@ -361,7 +361,7 @@ def _read_yaml(file: str) -> dict:
         raise UserError(f"{file}: is a folder", "give the path of a configuration file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         place = getattr(error, "problem_mark", None)
         where = f"{file}:{place.line + 1}" if place else file
         raise UserError(f"{where}: not YAML: {getattr(error, 'problem', error)}", "mend that line") from None
@@ -427,7 +427,7 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
             continue
         try:
             items = yaml.load(value if has_value else following, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{written}: not YAML: {getattr(error, 'problem', error)}", "mend its value") from None
         if written.endswith("+") and isinstance(items, dict):
             items = [items]  # one more item

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,8 +241,40 @@ def test_a_finished_store_with_other_settings_is_refused_by_name(tmp_path: Path,
         make(text, validation_share=0.3, add_eos=True)
     with open(text, "a") as file:
         file.write('{"text": "もう一つ。"}\n')
-    with pytest.raises(UserError, match="other settings: input files or their sizes"):
+    with pytest.raises(UserError, match="other settings: input files were modified"):
         make(text)
+
+
+def test_a_finished_store_of_a_file_that_was_edited_at_the_same_size_is_refused(
+    tmp_path: Path, make: Callable, text: Path
+):
+    make(text)
+    text.write_bytes(text.read_bytes().replace("川沿い".encode(), "山沿い".encode()))
+    os.utime(text, (time.time() + 5, time.time() + 5))
+    with pytest.raises(UserError, match="other settings: input files were modified"):
+        make(text)
+    make(text, output="of the edited file")
+
+
+def test_equal_texts_make_equal_bytes_whatever_their_times(tmp_path: Path, make: Callable, text: Path):
+    make(text, output="one")
+    os.utime(text, (5, 5))
+    make(text, output="two")
+    one, two = _files(tmp_path / "one"), _files(tmp_path / "two")
+    assert one.pop("manifest") != two.pop("manifest")
+    assert one == two
+
+
+def test_only_the_tokenizer_is_copied_from_its_folder(
+    tmp_path: Path, make: Callable, text: Path, tokenizer_folder: Path
+):
+    export = tmp_path / "export"
+    shutil.copytree(tokenizer_folder, export)
+    for name in ("model.safetensors", "config.json", "chat_template.jinja", "README.md"):
+        (export / name).write_text("of a model")
+    make(text, tokenizer=str(export))
+    copied = {path.name: path.read_bytes() for path in (tmp_path / "store" / "tokenizer").iterdir()}
+    assert copied == {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
 
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path: Path, make: Callable, text: Path):
@@ -264,7 +297,7 @@ class _KilledError(BaseException):
 @pytest.mark.usefixtures("_small_tasks")
 @pytest.mark.parametrize(
     ("place", "stride"),
-    [("_write_json", 1), ("shutil.copytree", 1), ("shutil.rmtree", 1), ("store._HashedFile.publish", 5)],
+    [("_write_json", 1), ("copy_tokenizer", 1), ("shutil.rmtree", 1), ("store._HashedFile.publish", 5)],
 )
 def test_stopped_before_any_write_and_run_again_it_makes_the_same(
     tmp_path: Path, make: Callable, examples: Path, monkeypatch: pytest.MonkeyPatch, place: str, stride: int

@@ -309,6 +309,7 @@ def test_a_model_that_is_nowhere_is_the_users_error(tmp_path: Path, monkeypatch:
         '{"model_type": "gpt_neox", "hidden_size": "large"}',
         '{"model_type": "gpt2", "n_embd": 30, "n_head": 4}',
         '{"model_type": "t5"}',
+        '{"model_type": "llama", "vocab_size": 10, "pad_token_id": 20}',
         '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}',
     ],
 )

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import GOLDEN, check_contract, read_contract, write_contract
+from tsumugu.tokenizer.contract import GOLDEN, check_contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.tokenizer.load import BulkEncoder
 
 
@@ -112,6 +112,17 @@ def test_a_contract_is_read_without_a_tokenizer(folder: Path, tmp_path: Path):
     assert read_contract(tmp_path) == read_contract(folder)
 
 
+def test_a_copy_holds_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path):
+    source = copy(folder, tmp_path / "source")
+    for name in ("model.safetensors", "chat_template.jinja", "notes.txt"):
+        (source / name).touch()
+    (source / "contract.json").chmod(0o444)
+    for _ in range(2):  # a copy that was cut short is written over
+        copy_tokenizer(source, tmp_path / "deep" / "copy")
+    assert check_contract(tmp_path / "deep" / "copy") == read_contract(folder)
+    assert {path.name for path in (tmp_path / "deep" / "copy").iterdir()} == {path.name for path in folder.iterdir()}
+
+
 def test_reading_a_contract_imports_no_tokenizer_library(folder: Path):
     code = (
         "import sys; from pathlib import Path; from tsumugu.tokenizer.contract import read_contract;"
@@ -129,6 +140,10 @@ def test_a_missing_or_damaged_contract_is_refused(tmp_path: Path):
     (tmp_path / "contract.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_contract(tmp_path)
+    for content in ("[]", "3", '{"version": 1}', '{"version": 1, "golden": [3], "token_bytes": []}'):
+        (tmp_path / "contract.json").write_text(content)
+        with pytest.raises(UserError, match="damaged"):
+            read_contract(tmp_path)
     (tmp_path / "contract.json").write_text('{"version": 99}')
     with pytest.raises(UserError, match="version 99"):
         read_contract(tmp_path)

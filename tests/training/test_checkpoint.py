@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "flipped byte in the state": (flip_a_byte, "state.json", "has another sha256"),
     "cut file": (cut, "__0_0.distcp", "bytes, not"),
     "missing file": (Path.unlink, ".metadata", ".metadata is missing"),
-    "cut marker": (cut, "COMPLETE", "COMPLETE marker is cut short"),
+    "cut marker": (cut, "COMPLETE", "COMPLETE marker is damaged"),
     "no marker": (Path.unlink, "COMPLETE", "has no COMPLETE marker"),
 }
 
@@ -114,6 +114,17 @@ def test_a_damaged_later_checkpoint_does_not_push_out_whole_ones(copy: Path, mad
         Trainer(config, copy, environment).train(StopAfter(1))
     checkpoint.check(checkpoint.folder(copy, 3))
     assert checkpoint.complete_steps(copy) == [3, 6]
+
+
+def test_folders_of_other_names_are_no_checkpoints_and_are_never_deleted(copy: Path, made: Path):
+    names = {"step-00000004-backup", "step-00000004-half", ".step-notes", "step-best"}
+    for name in names:
+        shutil.copytree(checkpoint.folder(copy, 4), copy / "checkpoints" / name)
+    (copy / "checkpoints" / "step-00000004-half" / "COMPLETE").unlink()
+    assert checkpoint.complete_steps(copy) == [2, 4, 6]
+    shutil.rmtree(checkpoint.folder(copy, 6))
+    assert train(config_of(made, **{"checkpoint.keep": 1}), copy) == Outcome(6, 6)
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == names | {"step-00000006"}
 
 
 def test_what_no_run_has_made_is_no_checkpoint(tmp_path: Path, made: Path):

@@ -215,7 +215,9 @@ def _fault(path: Path, hashes: bool) -> str | None:
     except FileNotFoundError:
         return "it has no COMPLETE marker"
     except ValueError:
-        return "its COMPLETE marker is cut short"
+        files = None
+    if not isinstance(files, dict):
+        return "its COMPLETE marker is damaged"
     for name, entry in files.items():
         file = path / Path(name).name
         if not file.is_file():
@@ -237,8 +239,8 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return True
-        if "No space left" in str(error) or "unexpected pos" in str(error):  # torch's writers say only this
-            return True
+        if any(words in str(error) for words in ("No space left", "File too large", "unexpected pos")):
+            return True  # torch's and safetensors' writers say only this
         error = error.__cause__ or error.__context__
     return False
 

@@ -59,14 +59,15 @@ class Metrics:
             self._board.close()
 
     def _show(self, line: dict) -> None:
-        shown = ("loss", "validation_loss", "validation_bits_per_byte", "learning_rate", "tokens_per_second")
-        figures = [f"{key} {line[key]:.4g}" for key in shown if line.get(key) is not None]
-        if self._bar.disable:
-            self.say(f"step {line['step']}/{self._bar.total}  {'  '.join(figures)}")
-        elif "validation_loss" in line:
-            self.say(f"step {line['step']}  {'  '.join(figures)}")
+        if "validation_loss" in line:
+            shown = ("validation_loss", "validation_bits_per_byte")
         else:
-            self._bar.set_postfix_str("  ".join(figures))
+            shown = ("loss", "learning_rate", "tokens_per_second")
+        text = "  ".join(f"{key} {line[key]:.4g}" for key in shown if line[key] is not None)
+        if self._bar.disable or "validation_loss" in line:
+            self.say(f"step {line['step']}/{self._bar.total}  {text}")
+        else:
+            self._bar.set_postfix_str(text)
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
