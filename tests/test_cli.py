@@ -354,19 +354,21 @@ def test_vocabularies_that_the_corpus_does_not_allow(made, tmp_path, refused):
     assert "tsumugu: " in refused("tokenizer", "train", "--input", empty, "--output", tmp_path / "t")
 
 
-def test_one_process_of_torchrun_or_none(made, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--data.store=nowhere", "nowhere holds no token store (make one with `tsumugu prepare`)"),  # before the start
+        ("--model.preset=huge", "model.preset: no shape huge (known: "),  # in both processes
+    ],
+)
+def test_several_processes_say_it_once(made, tmp_path, flag, message):
     """`launch local` hands on the exit code and the line of the training processes."""
     command = [sys.executable, "-m", "tsumugu", "launch", "local", "--processes", "2", "--config", made / "train.yaml"]
-    done = subprocess.run(
-        [*map(str, command), "--run-dir", str(tmp_path / "run"), "--data.store=nowhere"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    command += ["--run-dir", tmp_path / "run", flag]
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("tsumugu: ")] == [
-        "tsumugu: nowhere holds no token store (make one with `tsumugu prepare`)"
-    ]
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("tsumugu: ")]
+    assert line.startswith(f"tsumugu: {message}")
     assert "Traceback" not in done.stderr
 
 

@@ -39,9 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
+    """One line, also where several processes are refused: the first one says it, and then waits for the others to come
+    here too (its end would break their connections to it); its end lets torchrun end them before they speak."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(3)  # where the first process failed too, its line is enough: torchrun ends this one meanwhile
+        time.sleep(10)
     print(f"tsumugu: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK") == "0" and os.environ.get("WORLD_SIZE") != "1":
+        time.sleep(3)
     return 2
 
 
@@ -232,8 +236,9 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
 def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu import config
     from tsumugu.launch.local import launch
+    from tsumugu.training.trainer import planned_steps
 
-    config.load(config.TrainingRun, options.config, flags)  # what is wrong with it is said once, and before the start
+    planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
     return launch([*files, *flags], _run_dir(options), options.processes)
 
