@@ -12,7 +12,7 @@ from tsumugu.errors import UserError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    megatron = pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is for Linux")
 
 
 def _documents(highest_id: int, number: int = 40, seed: int = 0) -> list[np.ndarray]:
