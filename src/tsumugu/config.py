@@ -340,7 +340,7 @@ def write(config: Any, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-class _Loader(yaml.SafeLoader):
+class _StrictSafeLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML libraries silently keep the last."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -354,7 +354,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(file: str) -> dict:
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), _StrictSafeLoader)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file", "give the path of a configuration file") from None
     except IsADirectoryError:
@@ -426,7 +426,7 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
         if not _item_class(hint):
             continue
         try:
-            items = yaml.load(value if has_value else following, _Loader)
+            items = yaml.load(value if has_value else following, _StrictSafeLoader)
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{written}: not YAML: {getattr(error, 'problem', error)}", "mend its value") from None
         if written.endswith("+") and isinstance(items, dict):

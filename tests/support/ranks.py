@@ -18,6 +18,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any) ->
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, args=(world_size, folder, function, arguments), nprocs=world_size)
+        # what the ranks wrote a moment ago: any picklable result
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

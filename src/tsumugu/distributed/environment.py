@@ -24,10 +24,6 @@ class Environment:
     local_rank: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Environment]:
