@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +21,112 @@ from tsumugu.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanConfig:
+    """Normalisation and quality rules. Those that know Japanese touch sources of `language: ja` only."""
+
+    rules: Literal["none", "normalize", "swallow"] | None = None
+    """none: text as it is. normalize: characters are mended. swallow: also the quality rules of Swallow Corpus v1.
+    Default: normalize for text, none for instructions."""
+    fullwidth_ascii: bool = True
+    """normalize: full-width letters, digits and signs become ASCII."""
+    halfwidth_kana: bool = True
+    """normalize: half-width kana become full-width, with their voicing marks."""
+    compatibility_ideographs: bool = True
+    """normalize: CJK compatibility ideographs become their unified forms."""
+    punctuation: bool = True
+    """normalize: ， and ． become 、 and 。 (between digits: comma and point)."""
+    control_characters: bool = True
+    """normalize: control characters other than tab and newline go."""
+    mojibake: Literal["repair", "drop", "keep"] = "repair"
+    """normalize: text decoded with the wrong encoding is repaired where that is reversible, else dropped."""
+    min_letters: int = 400
+    """swallow: letters of any script."""
+    min_japanese_letters: int = 400
+    """swallow: hiragana, katakana and kanji."""
+    min_hiragana: float = 0.2
+    """swallow: share of hiragana among the letters."""
+    max_katakana: float = 0.5
+    """swallow: share of katakana among the letters."""
+    min_japanese: float = 0.5
+    """swallow: share of Japanese letters among the letters."""
+    min_mean_sentence: float = 20
+    """swallow: mean length of sentences in characters."""
+    max_mean_sentence: float = 90
+    """swallow: the same, at most."""
+    max_sentence: int = 200
+    """swallow: longest sentence in characters."""
+    max_ellipsis: float = 0.2
+    """swallow: share of sentences that end in an ellipsis."""
+    max_duplicate_paragraphs: float = 0.30
+    """swallow: share of paragraphs that repeat an earlier one."""
+    max_duplicate_paragraph_characters: float = 0.20
+    """swallow: the same, by characters."""
+    max_duplicate_sentences: float = 0.30
+    """swallow: share of sentences that repeat an earlier one."""
+    max_duplicate_sentence_characters: float = 0.20
+    """swallow: the same, by characters."""
+    max_top_ngrams: list[float] = field(default_factory=lambda: [0.20, 0.18, 0.16])
+    """swallow: share of the most frequent 2-, 3- and 4-gram."""
+    max_duplicate_ngrams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.10])
+    """swallow: share of repeated 5- to 10-grams."""
+    ng_words: str | None = None
+    """Any rules but none: a file of words, one a line; documents with too many of them are dropped."""
+    max_ng_words: float = 0.05
+    """Share of a document's characters that NG words may cover."""
+    mask: list[Literal["email", "phone", "ip", "my_number"]] = field(default_factory=list)
+    """Any rules but none: personal data that is replaced by a placeholder of its kind."""
+    hojichar: list[dict[str, Any]] = field(default_factory=list)
+    """Any rules but none: filters of HojiChar (pip install hojichar), each `name` and its arguments, applied last."""
+
+
+# What a source changes of prepare.clean: the same keys, null where prepare.clean holds.
+SourceCleanConfig = dataclasses.make_dataclass(
+    "SourceCleanConfig",
+    [(key, hint | None, field(default=None)) for key, hint in typing.get_type_hints(CleanConfig).items()],
+    frozen=True,
+    kw_only=True,
+    namespace={"__module__": __name__},  # so that it can be pickled
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One corpus."""
 
     name: str
     """Name of the source, in manifests and figures."""
     path: str | list[str]
-    """Files, folders or globs: .txt (a document a file), .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
+    """Files, folders or globs, local, s3:// or hf://datasets/NAME/..., of .txt (a document a file), .jsonl, .parquet."""
     kind: Literal["text", "instructions"] = "text"
-    """text: documents. instructions: records of instruction, input and output."""
-    text: str = "text"
-    """The column that holds the text."""
+    """text: documents. instructions: questions and answers, or conversations."""
+    text: str | None = None
+    """The column that holds the text; default: found, where there is one candidate."""
     fields: dict[str, str] = field(default_factory=dict)
-    """For instructions: our field name (instruction, input, output) to the column's name, where it differs."""
+    """For instructions: our field name (instruction, input, output, prompt, response, messages, ...) to the column's."""
+    language: Literal["ja", "en", "code"] = "ja"
+    """Language of the source: rules of Japanese touch ja only."""
+    clean: SourceCleanConfig = field(default_factory=SourceCleanConfig)  # pyright: ignore[reportInvalidTypeForm]
+    """What differs from prepare.clean for this source."""
+    deduplicate: Literal["none", "exact", "near"] | None = None
+    """Whether this source's documents are compared with all that are; default: prepare.deduplicate."""
     validation_share: float | None = None
-    """Share of this source's documents held out for validation; default: prepare.validation_share."""
+    """Share of its documents held out for validation, 1 for a source of validation alone; default: prepare's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """How tasks of preparation are submitted, for prepare.executor slurm."""
+
+    partition: str | None = None
+    """Partition of the cluster."""
+    time: str = "24:00:00"
+    """Time limit of a task, as sbatch takes it."""
+    memory_gib: int = 4
+    """Memory of a task."""
+    setup: str | None = None
+    """Shell command that makes `tsumugu` available on a node, such as `source /fsx/venv/bin/activate`."""
+    options: dict[str, str] = field(default_factory=dict)
+    """More sbatch options by their long names, such as account: my-account."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,23 +136,39 @@ class PrepareConfig:
     sources: list[Source]
     """The corpora, all of one kind."""
     tokenizer: str
-    """Folder made by `tsumugu tokenizer train`."""
+    """Folder made by `tsumugu tokenizer`."""
     output: str
     """Folder for the token store."""
     validation_share: float = 0.05
     """Share of documents held out for validation, chosen by the hash of the document."""
+    clean: CleanConfig = field(default_factory=CleanConfig)
+    """Normalisation and quality rules."""
+    deduplicate: Literal["none", "exact", "near"] = "none"
+    """Of equal (near: very similar) documents only the first stays."""
+    min_similarity: float = 0.5
+    """near: least Jaccard similarity of character 5-grams at which the later document is removed."""
+    contamination: list[str] = field(default_factory=list)
+    """Files of benchmarks (as sources' paths); documents that hold a long stretch of one are dropped."""
+    bad_records: Literal["stop", "set_aside"] = "stop"
+    """A record that cannot be read stops the run, or is written to OUTPUT/set_aside/ and counted."""
+    keep_dropped: bool = False
+    """Write what is dropped to OUTPUT/dropped/, with the reason."""
     add_bos: bool | None = None
     """Store a beginning-of-text token before every document; default: as the tokenizer itself does."""
     add_eos: bool | None = None
     """Store an end-of-text token after every document; default: as the tokenizer itself does."""
     template: str = "alpaca-ja"
     """For instructions: the prompt template (alpaca-ja, alpaca-en)."""
-    train_on: Literal["responses", "everything"] = "responses"
+    train_on: Literal["responses", "last_response", "everything"] = "responses"
     """For instructions: which tokens are supervised."""
     max_length: int | None = None
     """For instructions: longest example in tokens; longer ones are dropped and counted."""
     workers: int | None = None
-    """Processes; default: one a core."""
+    """Processes (slurm: tasks at a time); default: one a core."""
+    executor: Literal["local", "slurm", "ray"] = "local"
+    """Where tasks run: processes of this machine, a Slurm cluster, a Ray cluster (pip install 'ray[default]')."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """For executor slurm."""
 
     def __post_init__(self):
         if not self.sources:
@@ -72,9 +179,12 @@ class PrepareConfig:
         if len(set(names)) < len(names):
             raise UserError(f"prepare.sources has the same name twice: {', '.join(names)}", "name each source")
         _require_share("prepare.validation_share", self.validation_share)
+        if not 0.3 <= self.min_similarity <= 1:
+            raise UserError(f"prepare.min_similarity is {self.min_similarity}", "use a similarity from 0.3 to 1")
         for index, source in enumerate(self.sources):
-            if source.validation_share is not None:
-                _require_share(f"prepare.sources[{index}].validation_share", source.validation_share)
+            share = source.validation_share
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"prepare.sources[{index}].validation_share is {share}", "use a share from 0 to 1")
         for index, source in enumerate(self.sources):
             if self.kind == "text" and source.fields:
                 raise UserError(f"prepare.sources[{index}].fields is set for text", "name the column with text")
@@ -91,6 +201,19 @@ class PrepareConfig:
     @property
     def kind(self) -> Literal["text", "instructions"]:
         return self.sources[0].kind
+
+    def clean_of(self, source: Source) -> CleanConfig:
+        """The rules of a source: prepare.clean with what the source changes."""
+        changes = {key: value for key, value in dataclasses.asdict(source.clean).items() if value is not None}
+        merged = dataclasses.replace(self.clean, **changes)
+        default = "normalize" if source.kind == "text" else "none"
+        return dataclasses.replace(merged, rules=merged.rules or default)
+
+    def deduplicate_of(self, source: Source) -> Literal["none", "exact", "near"]:
+        return source.deduplicate or self.deduplicate
+
+    def validation_share_of(self, source: Source) -> float:
+        return self.validation_share if source.validation_share is None else source.validation_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,11 +533,7 @@ def _shown(value: Any) -> str:
 
 def _check_flags(flags: Sequence[str], config_class: type) -> None:
     """Refuses unknown flags, and values of flags as `_check` does; a whole section is no flag."""
-    hints = {
-        f"{section}.{key}": (key, hint, section_class)
-        for section, section_class in typing.get_type_hints(config_class).items()
-        for key, hint in typing.get_type_hints(section_class).items()
-    }
+    hints = dict(_flag_names(config_class))
     for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         if not flag.startswith("--"):
             continue
@@ -422,8 +541,9 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
         name = written.removeprefix("--").removesuffix("+")
         if name not in hints:
             raise UserError(f"unknown flag --{name}", _nearest(name, list(hints), "--"))
-        key, hint, section_class = hints[name]
-        if not _item_class(hint):
+        section_class = hints[name]
+        key = name.rpartition(".")[2]
+        if not _item_class(typing.get_type_hints(section_class)[key]):
             continue
         try:
             items = yaml.load(value if has_value else following, _StrictSafeLoader)
@@ -432,6 +552,15 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
         if written.endswith("+") and isinstance(items, dict):
             items = [items]  # one more item
         _check({key: items}, section_class, written, name.removesuffix(key))
+
+
+def _flag_names(config_class: type, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every `section.key` below a class, and the dataclass that has the key."""
+    for key, hint in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _flag_names(typing.cast(type, hint), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", config_class
 
 
 def _readable(error: Exception, contents: dict[str, dict], flags: Sequence[str]) -> str:
