@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _FILE = "contract.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", _FILE)
+EXTENSION_FILE = "extension.json"  # of extend.py
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"),
+    *(EXTENSION_FILE, _FILE),
+)
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
 GOLDEN = (
@@ -56,10 +60,14 @@ class Contract:
         vocab_size: One more than the highest id.
         unk_id, bos_id, eos_id, pad_id: None where the tokenizer has no such token.
         adds_bos, adds_eos: Whether the tokenizer itself adds them when called as transformers does by default.
-        newline: Whether a newline survives encoding and decoding.
+        newline: Whether a newline survives encoding and decoding; "mapped" where the tokenizer itself spells it by a
+            token such as `<NL>` (then CR LF comes back as LF, and a literal `<NL>` as a newline).
         golden: Texts with their ids, special tokens not added.
         token_bytes: UTF-8 bytes of text that each id stands for; 0 for special and reserved ones, 1 for byte pieces.
-            Over a text without unknowns they add up to its length, for unigram with byte fallback and byte-level BPE.
+            Over a text they add up to its length, for byte-level BPE and for what `tsumugu tokenizer train` makes.
+            Imported tokenizers count what they make of the text: the space they put in front (one byte a text), and
+            characters after normalisation; unknown characters count 0, a mapped newline as its token, unless that is
+            one piece.
     """
 
     version: int
@@ -71,7 +79,7 @@ class Contract:
     pad_id: int | None
     adds_bos: bool
     adds_eos: bool
-    newline: Literal["expressible", "lost"]
+    newline: Literal["expressible", "mapped", "lost"]
     golden: tuple[tuple[str, tuple[int, ...]], ...]
     token_bytes: tuple[int, ...]
 
@@ -140,7 +148,8 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
 
 def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
-    from tsumugu.tokenizer.load import load_tokenizer  # here, so that reading a contract needs no tokenizer library
+    # here, so that reading a contract needs no tokenizer library
+    from tsumugu.tokenizer.load import load_tokenizer, newline_token
 
     tokenizer = load_tokenizer(folder)
     special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
@@ -152,6 +161,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     golden = tuple((text, tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in golden_texts)
     defining = {"vocabulary": tokens, "special": [unk, bos, eos, pad], "golden": golden}
     plain, default = tokenizer.encode("あ", add_special_tokens=False).ids, tokenizer.encode("あ").ids
+    mapped = newline_token(tokenizer) is not None
     newline = "\n" in tokenizer.decode(tokenizer.encode("あ\nい", add_special_tokens=False).ids)
     return Contract(
         version=VERSION,
@@ -163,7 +173,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
         pad_id=pad,
         adds_bos=bos is not None and default[:1] == [bos] != plain[:1],
         adds_eos=eos is not None and default[-1:] == [eos] != plain[-1:],
-        newline="expressible" if newline else "lost",
+        newline="lost" if not newline else "mapped" if mapped else "expressible",
         golden=golden,
         token_bytes=tuple(_token_bytes(tokenizer, tokens)),
     )
@@ -181,12 +191,14 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
-    from tsumugu.tokenizer.load import BYTE_PIECE, NEVER, SPACE
+    from tsumugu.tokenizer.convert import BYTE_PIECE, NEVER, SPACE
+    from tsumugu.tokenizer.load import newline_token
 
     layout = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in layout["added_tokens"]}
     decoder = json.dumps(layout["decoder"], ensure_ascii=False)
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+    newline = newline_token(tokenizer)
     scores = [score for _, score in layout["model"]["vocab"]] if layout["model"]["type"] == "Unigram" else []
 
     def length(id: int, token: str) -> int:
@@ -196,6 +208,8 @@ def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
             return 1
         if scores and scores[id] == NEVER:
             return 0
+        if token == newline:
+            return 1
         if byte_level:  # one character of its alphabet a byte
             return len(token)
         return len(token.replace(SPACE, " ").encode() if SPACE in decoder else token.encode())

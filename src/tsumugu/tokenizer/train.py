@@ -19,16 +19,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN, write_contract
-from tsumugu.tokenizer.load import (
-    NORMAL,
-    SCORE_GRID,
-    SPACE,
-    check_conversion,
-    check_unicode,
-    save_tokenizer,
-    special_tokens,
-    to_fast,
-)
+from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE, compare, special_tokens, to_lossless
+from tsumugu.tokenizer.load import check_unicode, save_tokenizer, without_specials
 
 # The longest line, in UTF-8 bytes, that SentencePiece does not skip (its default, passed for the record).
 LONGEST_SENTENCE = 4192
@@ -92,10 +84,11 @@ def train_tokenizer(
     if total == 0:
         raise UserError("the corpus is empty: there is no text to train a tokenizer on", "check --input")
 
-    sample = _Sample(documents, keep=sample_bytes / total, seed=seed)
-    model = _train(sample, vocab_size, reserved)
-    tokenizer = to_fast(model)
-    check_conversion(model, tokenizer, [*GOLDEN, *(document[:2000] for document in islice(documents(), 1000))])
+    chosen = _Sample(documents, keep=sample_bytes / total, seed=seed)
+    model = _train(chosen, vocab_size, reserved)
+    tokenizer = to_lossless(model)
+    sample = [*GOLDEN, *(document[:2000] for document in islice(documents(), 1000))]
+    compare(model, without_specials(tokenizer), [text for text in sample if SPACE not in text])
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
@@ -104,7 +97,7 @@ def train_tokenizer(
     save_tokenizer(tokenizer, partial, special_tokens(model))
     write_contract(partial)
     os.replace(partial, output)
-    return TrainingReport(count, total, sample.bytes, sample.skipped, len(model.pieces))
+    return TrainingReport(count, total, chosen.bytes, chosen.skipped, len(model.pieces))
 
 
 class _Sample:
