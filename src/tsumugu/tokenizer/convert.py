@@ -92,11 +92,17 @@ def _reachable(model: ModelProto) -> list:
     return [piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
 
 
+def _characters(pieces: list) -> tuple[set[str], set[str]]:
+    """The characters that are pieces, and the pairs of characters that stand side by side in a piece."""
+    texts = [piece.piece for piece in pieces]
+    return {text for text in texts if len(text) == 1}, {text[at : at + 2] for text in texts for at in range(len(text) - 1)}
+
+
 def _refusal(model: ModelProto) -> str | None:
     """Why the vocabulary cannot be converted exactly; None where it can."""
     trainer = model.trainer_spec
     reachable = _reachable(model)
-    characters = {piece.piece for piece in reachable if len(piece.piece) == 1}
+    characters, neighbours = _characters(reachable)
     lowest = min((piece.score for piece in reachable if piece.type == NORMAL), default=0.0)
     if trainer.model_type not in (trainer.UNIGRAM, trainer.BPE):
         return f"it is a {trainer.ModelType.Name(trainer.model_type)} model, not a UNIGRAM or BPE one"
@@ -107,10 +113,8 @@ def _refusal(model: ModelProto) -> str | None:
     for piece in reachable:
         if BYTE_PIECE.fullmatch(piece.piece) and trainer.byte_fallback:
             return f"the ordinary piece {piece.piece!r} would be decoded as a byte"
-        # The piece would compete with the unknown piece, whose score is not the same in both engines.
-        if alien := set(piece.piece) - characters:
-            if piece.type == USER_DEFINED and trainer.model_type == trainer.BPE:
-                continue
+        alien = set(piece.piece) - characters
+        if alien and trainer.model_type == trainer.BPE and piece.type == NORMAL:
             return f"the piece {piece.piece!r} holds {min(alien)!r}, which is not a piece itself"
         if len(piece.piece) * (lowest - 1) < NEVER:
             return f"the piece {piece.piece!r} is too long, or scores are too low"
@@ -119,9 +123,9 @@ def _refusal(model: ModelProto) -> str | None:
     for piece in model.pieces:
         if len(piece.piece) * (lowest - 1) < NEVER:
             return f"the piece {piece.piece!r} is too long, or scores are too low"
-        if piece.type in _HIDDEN and _cut(piece.piece, characters) is None:
+        if piece.type in _HIDDEN and _cut(piece.piece, characters, neighbours) is None:
             return f"the piece {piece.piece!r} holds {min(set(piece.piece) - characters)!r}, which is not a piece itself"
-    return None
+    return _rivals_of_unknown(model, characters, lowest)
 
 
 def _bpe_refusal(model: ModelProto, characters: set[str]) -> str | None:
@@ -139,13 +143,58 @@ def _bpe_refusal(model: ModelProto, characters: set[str]) -> str | None:
     return None
 
 
-def _cut(piece: str, characters: set[str]) -> str | None:
-    """The start of a piece that Viterbi must not find, up to a place where a known and an unknown character meet; ""
-    where no character is unknown, None where there is no such place."""
+def _rivals_of_unknown(model: ModelProto, characters: set[str], lowest: float) -> str | None:
+    """Why a piece with a character that is no piece itself might lose against the unknown piece; None if none does.
+
+    The unknown piece scores less here than in SentencePiece (10 below `NEVER` instead of 10 below the lowest piece).
+    That changes nothing where SentencePiece always takes the piece: where putting it in place of whatever else covers
+    its text gains more than is lost by cutting the neighbours that reach into it.
+    """
+    aliens = [piece for piece in _reachable(model) if set(piece.piece) - characters]
+    if not aliens:
+        return None
+    engine, scores = plain(model), {piece.piece: _score(piece) for piece in _reachable(model)}
+    starts = {piece.piece[:at] for piece in aliens for at in range(1, len(piece.piece))}
+    ends = {piece.piece[at:] for piece in aliens for at in range(1, len(piece.piece))}
+    # What is left of a neighbour when the piece takes a part of it.
+    left = [(text, text[at:], text[:at]) for text in scores for at in range(1, len(text)) if text[at:] in starts]
+    right = [(text, text[:at], text[at:]) for text in scores for at in range(1, len(text)) if text[:at] in ends]
+    unknown = _unknown_id(model)
+    losses: list[dict[str, float]] = [{}, {}]
+    for side, neighbours in enumerate((left, right)):
+        spelt = engine.encode([rest for *_, rest in neighbours])
+        for (text, taken, _), ids in zip(neighbours, spelt, strict=True):
+            known = all(id != unknown and model.pieces[id].type != BYTE for id in ids)
+            if known:  # else as many characters are unknown either way, which both engines weigh alike
+                loss = scores[text] - sum(_score(model.pieces[id]) for id in ids)
+                losses[side][taken] = max(losses[side].get(taken, 0.0), loss)
+    for piece in aliens:
+        cuts = range(1, len(piece.piece))
+        before = max((losses[0].get(piece.piece[:at], 0.0) for at in cuts), default=0.0)
+        after = max((losses[1].get(piece.piece[at:], 0.0) for at in cuts), default=0.0)
+        if _score(piece) - (lowest - UNKNOWN_PENALTY) <= before + after:
+            return (
+                f"the piece {piece.piece!r} holds {min(set(piece.piece) - characters)!r}, which is not a piece itself, "
+                "and may be taken for unknown"
+            )
+    return None
+
+
+def _score(piece) -> float:
+    """What Viterbi counts for a piece."""
+    if piece.type == USER_DEFINED:
+        return 0.0  # what SentencePiece counts for them, so that they are nearly always preferred
+    return piece.score if piece.type == NORMAL else NEVER
+
+
+def _cut(piece: str, characters: set[str], neighbours: set[str]) -> str | None:
+    """The start of a piece that Viterbi must not find, up to a place where a known and an unknown character meet that
+    no other piece holds; "" where no character is unknown, None where there is no such place."""
     known = [char in characters for char in piece]
     if all(known):
         return ""
-    return next((piece[:at] for at in range(1, len(piece)) if known[at - 1] != known[at]), None)
+    places = [at for at in range(1, len(piece)) if known[at - 1] != known[at]]
+    return next((piece[:at] for at in places if piece[at - 1 : at + 1] not in neighbours), None)
 
 
 def plain(model: ModelProto) -> SentencePieceProcessor:
@@ -192,13 +241,8 @@ def unchecked(model: ModelProto, newline: str | None = None) -> Tokenizer:
 
 
 def _unigram(model: ModelProto) -> models.Unigram:
-    def score(piece) -> float:
-        if piece.type == USER_DEFINED:
-            return 0.0  # what SentencePiece counts for them, so that they are nearly always preferred
-        return piece.score if piece.type == NORMAL else NEVER
-
     return models.Unigram(
-        [(piece.piece, score(piece)) for piece in model.pieces],
+        [(piece.piece, _score(piece)) for piece in model.pieces],
         unk_id=_unknown_id(model),
         byte_fallback=model.trainer_spec.byte_fallback,
     )
@@ -230,10 +274,10 @@ def _bpe(model: ModelProto) -> models.BPE:
 def _pre_tokenizers(model: ModelProto) -> list[pre_tokenizers.PreTokenizer]:
     """Cuts where SentencePiece always cuts, so that pieces which it never picks are not seen."""
     own = normalize.user_defined(model)
-    characters = {piece.piece for piece in _reachable(model) if len(piece.piece) == 1}
+    characters, neighbours = _characters(_reachable(model))
     hidden = [piece.piece for piece in model.pieces if piece.type in _HIDDEN]
     if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
-        cuts = [(start, piece[len(start) :]) for piece in hidden if (start := _cut(piece, characters))]
+        cuts = [(start, piece[len(start) :]) for piece in hidden if (start := _cut(piece, characters, neighbours))]
         pattern = "|".join(f"{re.escape(start)}(?={re.escape(end)})" for start, end in cuts)
         return [_split(pattern, "merged_with_previous")] if cuts else []
     if not own:
@@ -290,8 +334,8 @@ def lossless_refusal(model: ModelProto) -> str | None:
     if any(BYTE_PIECE.fullmatch(piece.piece.replace(SPACE, " ")) for piece in _reachable(model)):
         return "an ordinary piece would be decoded as a byte"
     characters = {piece.piece for piece in _reachable(model) if len(piece.piece) == 1}
-    if hidden := [piece.piece for piece in model.pieces if piece.type != BYTE and set(piece.piece) - characters]:
-        return f"the piece {hidden[0]!r} holds a character which is not a piece itself"
+    if alien := [piece.piece for piece in model.pieces if piece.type != BYTE and set(piece.piece) - characters]:
+        return f"the piece {alien[0]!r} holds a character which is not a piece itself"
     return normalize.refusal(model) or _refusal(model)
 
 

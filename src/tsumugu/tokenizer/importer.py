@@ -186,7 +186,7 @@ def _download(name: str) -> Path:
 
 def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
     names = {name: _content(found.named[name]) for name in _NAMES if name in found.named}
-    further: dict[str, Any] = {}
+    sealed = False
     if found.model is None:
         assert found.tokenizer_file is not None
         if newline is not None:
@@ -213,10 +213,10 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
         names = convert.special_tokens(found.model) | names
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names.values()])
         _add_around(tokenizer, found, names)
-        further[load.SEAL] = load.seal(tokenizer, folder / "tokenizer.model")
+        sealed = True
         if newline is not None:
             _check_newline(tokenizer, found.name, newline)
-    load.save_tokenizer(tokenizer, folder, names, **further)
+    load.save_tokenizer(tokenizer, folder, names, sealed)
     if found.model is None:  # exactly as it was, padding and truncation too
         assert found.tokenizer_file is not None
         shutil.copyfile(found.tokenizer_file, folder / "tokenizer.json")

@@ -40,15 +40,17 @@ _KNOWN_WORDS = tuple(
 _LONG_BLANK = re.compile(r"\s{1000}")  # where tiktoken's regular expressions run out of stack
 
 
-def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[str, str], **further) -> None:
+def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[str, str], sealed: bool = False) -> None:
     """Write tokenizer.json and tokenizer_config.json into an existing folder, for any transformers from 4 on.
 
     Args:
         tokenizer: What to write.
         output: The folder.
         special_tokens: transformers' names and the tokens: {"bos_token": "<s>", ...}.
-        further: More keys of tokenizer_config.json.
+        sealed: Whether it is the exact conversion (`convert.to_fast`) of the tokenizer.model in that folder.
     """
+    # Not tokenizer.save, whose error on a full disk is no OSError.
+    (output / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     # Written by hand: transformers 5 would name the class TokenizersBackend, which 4.x does not know.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -56,10 +58,8 @@ def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[s
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": int(1e30),  # transformers' own value for "no limit"
-        **further,
+        **({SEAL: seal(output)} if sealed else {}),
     }
-    # Not tokenizer.save, whose error on a full disk is no OSError.
-    (output / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (output / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -194,17 +194,18 @@ def _by_sentencepiece(fast: Tokenizer, path: Path) -> tuple[str, Encode] | None:
         longest = _exact_length(model)
         return ("sentencepiece", _by_exact_lines(fast, model, longest)) if longest else None
     config = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
-    if config.get(SEAL) != seal(fast, path):
+    if config.get(SEAL) != seal(path.parent):
         return None
     return "sentencepiece", _by_parts(fast, model, newline_token(fast))
 
 
-def seal(tokenizer: Tokenizer, model: Path) -> str:
+def seal(folder: Path) -> str:
     """What tokenizer_config.json keeps of a conversion that was found exact: a hash of the SentencePiece model and of
     what cuts documents in the tokenizer made of it. Converting again, to compare, would take seconds."""
-    layout = json.loads(tokenizer.to_str())
+    layout = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     parts = [layout[part] for part in ("normalizer", "pre_tokenizer", "model")]
-    return hashlib.sha256(model.read_bytes() + json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    model = (folder / "tokenizer.model").read_bytes()
+    return hashlib.sha256(model + json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _exact_length(model: ModelProto) -> int:
