@@ -1,18 +1,13 @@
 """Conversion of SentencePiece models of every kind, against SentencePiece itself."""
 
 import random
-import sys
-import unicodedata
-from pathlib import Path
 
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN
-from tsumugu.tokenizer.convert import compare, processor, read_model, to_fast
+from tsumugu.tokenizer.convert import compare, processor, to_fast
 from tsumugu.tokenizer.load import without_specials
-from tsumugu.tokenizer.normalize import read_charsmap
 
 OWN = ["<nl>", "\n", "==>", "である"]
 # kind, rule, dummy prefix, extra spaces removed, byte fallback, user-defined pieces
@@ -38,7 +33,8 @@ KINDS = [
 def models(train_plainly) -> dict[tuple, ModelProto]:
     names = ("model_type", "normalization_rule_name", "add_dummy_prefix", "remove_extra_whitespaces", "byte_fallback")
     return {
-        str(kind): train_plainly(**dict(zip(names, kind[:5], strict=True)), user_defined_symbols=kind[5]) for kind in KINDS
+        str(kind): train_plainly(**dict(zip(names, kind[:5], strict=True)), user_defined_symbols=kind[5])
+        for kind in KINDS
     }
 
 

@@ -139,6 +139,26 @@ def check_contract(folder: Path) -> Contract:
     return contract
 
 
+def new_rows(folder: Path, base: Contract) -> list[tuple[int, list[int]]] | None:
+    """The ids that `tsumugu tokenizer extend` has appended to a tokenizer, and the earlier ids that each stands for.
+
+    Args:
+        folder: Of the extended tokenizer.
+        base: The contract of the tokenizer that it may be an extension of, at one remove or several.
+
+    Returns:
+        In the order of ids, each with ids below its own; [] for the mean of all ids of the base. None where `folder` is
+        no extension of `base`.
+    """
+    path = folder / EXTENSION_FILE
+    if not path.is_file():
+        return None
+    extension = json.loads(path.read_text(encoding="utf-8"))
+    if base.fingerprint not in [earlier["fingerprint"] for earlier in extension["bases"]]:
+        return None
+    return [(row["id"], row["pieces"]) for row in extension["rows"] if row["id"] >= base.vocab_size]
+
+
 def copy_tokenizer(source: Path, output: Path) -> None:
     """Copies a tokenizer and its contract, and nothing else that lies in the folder, such as the weights of a model."""
     output.mkdir(parents=True, exist_ok=True)

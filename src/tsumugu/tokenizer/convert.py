@@ -95,7 +95,9 @@ def _reachable(model: ModelProto) -> list:
 def _characters(pieces: list) -> tuple[set[str], set[str]]:
     """The characters that are pieces, and the pairs of characters that stand side by side in a piece."""
     texts = [piece.piece for piece in pieces]
-    return {text for text in texts if len(text) == 1}, {text[at : at + 2] for text in texts for at in range(len(text) - 1)}
+    return {text for text in texts if len(text) == 1}, {
+        text[at : at + 2] for text in texts for at in range(len(text) - 1)
+    }
 
 
 def _refusal(model: ModelProto) -> str | None:
@@ -124,7 +126,9 @@ def _refusal(model: ModelProto) -> str | None:
         if len(piece.piece) * (lowest - 1) < NEVER:
             return f"the piece {piece.piece!r} is too long, or scores are too low"
         if piece.type in _HIDDEN and _cut(piece.piece, characters, neighbours) is None:
-            return f"the piece {piece.piece!r} holds {min(set(piece.piece) - characters)!r}, which is not a piece itself"
+            return (
+                f"the piece {piece.piece!r} holds {min(set(piece.piece) - characters)!r}, which is not a piece itself"
+            )
     return _rivals_of_unknown(model, characters, lowest)
 
 
@@ -229,7 +233,9 @@ def to_fast(model: ModelProto, name: str = "the model", newline: str | None = No
 
 def unchecked(model: ModelProto, newline: str | None = None) -> Tokenizer:
     """`to_fast` for a model that is known not to be refused, which takes a while to find out."""
-    tokenizer = Tokenizer(_unigram(model) if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM else _bpe(model))
+    tokenizer = Tokenizer(
+        _unigram(model) if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM else _bpe(model)
+    )
     before = [] if newline is None else [normalizers.Replace(Regex(NEWLINE), newline)]
     tokenizer.normalizer = normalize.chain(model, before)  # type: ignore[assignment]
     if cuts := _pre_tokenizers(model):
@@ -349,7 +355,9 @@ def to_lossless(model: ModelProto, name: str = "the model") -> Tokenizer:
         UserError: The conversion would not be exact, and why.
     """
     if reason := lossless_refusal(model):
-        raise UserError(f"{name} cannot be converted without loss: {reason}", "`tsumugu tokenizer train` makes ones that can")
+        raise UserError(
+            f"{name} cannot be converted without loss: {reason}", "`tsumugu tokenizer train` makes ones that can"
+        )
     vocabulary = [
         (piece.piece.replace(SPACE, " "), piece.score) if piece.type == NORMAL else (piece.piece, NEVER)
         for piece in model.pieces
@@ -372,7 +380,10 @@ class Comparison:
 
 
 def compare(
-    model: ModelProto, encode: Callable[[list[str]], Sequence[Sequence[int]]], texts: Iterable[str], name: str = "the model"
+    model: ModelProto,
+    encode: Callable[[list[str]], Sequence[Sequence[int]]],
+    texts: Iterable[str],
+    name: str = "the model",
 ) -> Comparison:
     """Compares SentencePiece with another encoder of the same model, text by text.
 
@@ -412,7 +423,8 @@ def compare(
         batch.append(text)
         if len(batch) == 1000:
             check()
-    check()
+    if batch:
+        check()
     return Comparison(strings, characters, ties)
 
 

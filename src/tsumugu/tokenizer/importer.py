@@ -99,9 +99,7 @@ class _Source:
     chat_template: str | None = None
 
 
-def import_tokenizer(
-    source: str, output: Path, sample: Iterable[str] = (), newline: str = "keep"
-) -> ImportReport:
+def import_tokenizer(source: str, output: Path, sample: Iterable[str] = (), newline: str = "keep") -> ImportReport:
     """Writes the folder of an imported tokenizer, whole or not at all.
 
     Args:
@@ -190,7 +188,9 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
     if found.model is None:
         assert found.tokenizer_file is not None
         if newline is not None:
-            raise UserError(f"{found.name} is no SentencePiece model: its newlines are not mapped", "use --newline keep")
+            raise UserError(
+                f"{found.name} is no SentencePiece model: its newlines are not mapped", "use --newline keep"
+            )
         shutil.copyfile(found.tokenizer_file, folder / "tokenizer.json")
         tokenizer = Tokenizer.from_str(load.load_tokenizer(folder).to_str())
     elif _is_ours(found):
@@ -271,7 +271,14 @@ def _add_around(tokenizer: Tokenizer, found: _Source, names: dict[str, str]) -> 
     if before or after:
         tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
             single=[*before, "$A", *after],
-            pair=[*before, "$A", *after, *(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)],
+            pair=[
+                *before,
+                "$A",
+                *after,
+                *(f"{token}:1" for token in before),
+                "$B:1",
+                *(f"{token}:1" for token in after),
+            ],
             special_tokens=[(token, tokenizer.token_to_id(token)) for token in {*before, *after}],
         )
 
@@ -335,7 +342,9 @@ def _prove(found: _Source, folder: Path, contract: Contract, sample: list[str], 
                             "it is not a tokenizer that transformers loads as it is",
                         )
     _check_around(served, contract)
-    back = {name: document.decode(document.encode(text, add_special_tokens=False).ids) for name, text in _PROBES.items()}
+    back = {
+        name: document.decode(document.encode(text, add_special_tokens=False).ids) for name, text in _PROBES.items()
+    }
     return ImportReport(
         ids=contract.vocab_size,
         engine="tokenizers" if found.model is None else "sentencepiece",
@@ -385,5 +394,3 @@ def _unknown(tokenizer: Tokenizer, contract: Contract, sample: list[str]) -> dic
         if contract.unk_id in tokens.ids or any(convert.BYTE_PIECE.fullmatch(token) for token in tokens.tokens):
             found[char] = count
     return dict(found.most_common())
-
-

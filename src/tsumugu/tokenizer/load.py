@@ -276,9 +276,7 @@ def _cutter(model: ModelProto, newline: str | None) -> Callable[[str], list[str]
     return lambda text: [text] if text else []
 
 
-def _joined(
-    cut: Callable[[str], list[str]], quick: Encode, slow: Encode, is_quick: Callable[[str], bool]
-) -> Encode:
+def _joined(cut: Callable[[str], list[str]], quick: Encode, slow: Encode, is_quick: Callable[[str], bool]) -> Encode:
     """Encodes texts part by part: those that are fit for the quick engine there, the others by the slow one."""
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -372,7 +370,9 @@ def _byte_ranks(model: dict) -> tuple[dict[bytes, int], np.ndarray] | None:
         ranks[token] = len(ids)
         ids.append(model["vocab"][left + right])
     # A word that is a token of its own, without a merge, is found by ignore_merges and by nothing else.
-    if model.get("ignore_merges") and len(ids) != len([token for token in model["vocab"] if set(token) <= set(alphabet)]):
+    if model.get("ignore_merges") and len(ids) != len(
+        [token for token in model["vocab"] if set(token) <= set(alphabet)]
+    ):
         return None
     return ranks, np.array(ids)
 

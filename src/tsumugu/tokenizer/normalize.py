@@ -45,7 +45,7 @@ def read_charsmap(blob: bytes) -> dict[str, str]:
     units, values = _units(blob)
     labels = np.array(units, np.int64) & 0x800000FF
     children: dict[int, list[int]] = {}
-    for child in np.flatnonzero((0 < labels) & (labels < 256)).tolist():
+    for child in np.flatnonzero((labels > 0) & (labels < 256)).tolist():
         children.setdefault(child ^ (units[child] & 0xFF), []).append(child)
     entries: dict[str, str] = {}
     waiting = [(0, b"")]
@@ -112,7 +112,7 @@ def refusal(model: ModelProto) -> str | None:
     changed = _changed_by_composing()
     for char in {*single, *changed} if multiple else single:
         value = single.get(char, char)
-        if multiple and (value in changed or len(value) > 1 and normalizers.NFC().normalize_str(value) != value):
+        if multiple and (value in changed or (len(value) > 1 and normalizers.NFC().normalize_str(value) != value)):
             return f"{rule} turns {char!r} into {value!r}, which composing would change"
         if "  " in value:
             return f"{rule} turns {char!r} into {value!r}, which holds two spaces"
@@ -210,7 +210,10 @@ def _mapping(model: ModelProto) -> list[normalizers.Normalizer]:
     if multiple:
         by_value = sorted({value: [key for key in spelt if spelt[key] == value] for value in spelt.values()}.items())
         steps[1:1] = [
-            *(normalizers.Replace(Regex(_exactly(keys, multiple, set("".join(spelt)))), value) for value, keys in by_value),
+            *(
+                normalizers.Replace(Regex(_exactly(keys, multiple, set("".join(spelt)))), value)
+                for value, keys in by_value
+            ),
             normalizers.Replace(Regex(_uncomposed(composed, own)), first),
         ]
         steps += [normalizers.NFC(), normalizers.Replace(first, "")]
