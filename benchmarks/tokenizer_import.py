@@ -68,7 +68,7 @@ def row(path: Path, folder: Path, documents) -> str:
         seconds["fast"] += time.process_time() - started
         encoded = dict(zip(parts, by_fast, strict=True))
         try:
-            ties += convert.compare(model, lambda texts: [encoded[text] for text in texts], parts).ties
+            ties += convert.compare(model, lambda texts, encoded=encoded: [encoded[text] for text in texts], parts).ties
         except UserError as error:
             differences += 1
             print(error)

@@ -1,6 +1,9 @@
 """A small corpus, a tokenizer trained on it, and texts of every kind to try tokenizers on."""
 
+import gzip
 import io
+import itertools
+import json
 import random
 import re
 from pathlib import Path
@@ -114,3 +117,14 @@ def real_models() -> list[Path]:
     """Real SentencePiece models, where they are."""
     found = sorted((Path(__file__).parents[3] / "shared" / "data" / "tokenizers").glob("*.model"))
     return found or pytest.skip("no shared/data/tokenizers")
+
+
+@pytest.fixture(scope="session")
+def sample() -> list[str]:
+    """Some 700 kB of real prose, in lines, where it is."""
+    path = Path(__file__).parents[3] / "shared" / "data" / "aozora-public-domain.jsonl.gz"
+    if not path.exists():
+        pytest.skip("no shared/data")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        works = [json.loads(line)["text"] for line in itertools.islice(file, 0, 800, 40)]
+    return [line for work in works for line in work[:12000].splitlines(keepends=True)]

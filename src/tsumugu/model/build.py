@@ -184,7 +184,7 @@ def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[in
 
 
 class _Grown:
-    """A tensor on disk with rows replaced or added, each read when it is sliced, as transformers' loading asks for it."""
+    """A tensor on disk with rows replaced or added, each read when it is sliced, as transformers asks for it."""
 
     def __init__(self, stored: Any, size: int, new_rows: dict[int, Sequence[int]]):
         self.stored, self.new_rows = stored, new_rows

@@ -305,7 +305,7 @@ def _split(pattern: str, behavior: str = "isolated") -> pre_tokenizers.PreTokeni
 
 def _decoder(model: ModelProto, newline: str | None) -> decoders.Decoder:
     unknown = model.pieces[_unknown_id(model)].piece
-    steps = [decoders.Replace(SPACE, " ")]
+    steps: list = [decoders.Replace(SPACE, " ")]
     if model.trainer_spec.byte_fallback:
         steps.append(decoders.ByteFallback())
     else:

@@ -154,7 +154,7 @@ def add_pieces(
 ) -> ExtensionReport:
     """Writes the folder of a SentencePiece unigram tokenizer with pieces learnt from a corpus, whole or not at all.
 
-    Text is cut otherwise than before, by design. What every old id stands for, and what comes back from ids, is as before.
+    Text is cut otherwise than before, by design. What old ids stand for, and what comes back, is as before.
 
     Args:
         source: A tokenizer's folder with a contract, imported or trained, without added tokens after its pieces.

@@ -1,8 +1,8 @@
 """Importing a tokenizer exactly: a SentencePiece model, a Hugging Face folder, or one on the hub.
 
 What is written is a folder that stock transformers reads, proven to give the ids of the original engine: SentencePiece
-where there is a model of its kind, `tokenizers` on the folder's own tokenizer.json otherwise (transformers 5 would build
-some tokenizers anew, with other ids). No code of the source is ever run.
+where there is a model of its kind, `tokenizers` on the folder's own tokenizer.json otherwise (transformers 5 would
+build some tokenizers anew, with other ids). No code of the source is ever run.
 """
 
 import json
@@ -106,8 +106,8 @@ def import_tokenizer(source: str, output: Path, sample: Iterable[str] = (), newl
         source: A SentencePiece `.model` file, a Hugging Face folder, or a name on the hub.
         output: The folder to make; must be absent or empty.
         sample: Documents to compare on, besides the golden strings; all of them are read.
-        newline: `keep` what the tokenizer does with newlines, `refuse` one that cannot express them, or a token, such as
-            `<NL>`, that stands for them in both directions.
+        newline: `keep` what the tokenizer does with newlines, `refuse` one that cannot express them, or a token, such
+            as `<NL>`, that stands for them in both directions.
 
     Raises:
         UserError: The tokenizer cannot be converted exactly, or cannot express a newline that was asked for.
@@ -194,7 +194,8 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
         shutil.copyfile(found.tokenizer_file, folder / "tokenizer.json")
         tokenizer = Tokenizer.from_str(load.load_tokenizer(folder).to_str())
     elif _is_ours(found):
-        assert found.tokenizer_file is not None and found.model_file is not None
+        assert found.tokenizer_file is not None
+        assert found.model_file is not None
         tokenizer = Tokenizer.from_file(str(found.tokenizer_file))
         shutil.copyfile(found.model_file, folder / "tokenizer.model")
         if newline is not None:

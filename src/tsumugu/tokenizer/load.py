@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ SEAL = "sentencepiece_exact"  # the key of `seal` in tokenizer_config.json
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
-# SentencePiece adds scores in float32. Longer parts than this, in characters, go to `tokenizers`, which adds in float64.
+# SentencePiece adds scores in float32. Parts of more characters than this go to `tokenizers`, which adds in float64.
 _LONGEST_PART = 10_000
 
 # Ways to cut words in byte-level BPE that tiktoken knows too: GPT-2's, Llama 3's and Qwen's. The classes in them are
@@ -130,7 +130,8 @@ class BulkEncoder:
             return
         self.engine, self._encode = found
         if ordinary:
-            ids = {token.content: fast.token_to_id(token.content) for token in ordinary}
+            vocabulary = fast.get_vocab()
+            ids = {token.content: vocabulary[token.content] for token in ordinary}
             self._encode = _around_tokens(self._encode, ids, [token.content for token in added])
 
     def __call__(self, texts: list[str]) -> Sequence[Sequence[int]]:
@@ -243,8 +244,15 @@ def _by_parts(fast: Tokenizer, model: ModelProto, newline: str | None) -> Encode
     unnormalised.normalizer = normalizers.Sequence([])  # type: ignore[assignment]
     cut = _cutter(model, newline)
 
+    spec = model.normalizer_spec
+    simple = not (spec.precompiled_charsmap or spec.remove_extra_whitespaces)
+    prefix = SPACE if spec.add_dummy_prefix else ""
+
     def parts(text: str) -> list[str]:
-        return cut(engine.normalize(text if newline is None else map_newlines(text, newline)))
+        text = text if newline is None else map_newlines(text, newline)
+        if simple:  # faster than asking
+            return cut(prefix + text.replace(" ", SPACE)) if text else []
+        return cut(engine.normalize(text))
 
     return _joined(
         parts,
@@ -380,7 +388,7 @@ def _byte_ranks(model: dict) -> tuple[dict[bytes, int], np.ndarray] | None:
 def _merged(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     parts = [token[at : at + 1] for at in range(len(token))]
     while len(parts) > 1:
-        joints = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+        joints = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
         lowest = min(joints)
         if lowest == len(ranks):
             break

@@ -1,7 +1,7 @@
 """Training a tokenizer that loses nothing: SentencePiece unigram for Japanese, byte-level BPE for English.
 
-Text in, a folder with the tokenizer (tokenizer.model beside it for SentencePiece) and the contract out. Which documents are
-fit for training is the caller's affair.
+Text in, a folder with the tokenizer (tokenizer.model beside it for SentencePiece) and the contract out. Which documents
+are fit for training is the caller's affair.
 """
 
 import contextlib

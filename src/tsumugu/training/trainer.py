@@ -426,7 +426,7 @@ def _extension(config: TrainingRun, path: str) -> build.NewRows:
 
 
 def _new_rows(config: TrainingRun, pretrained: Path) -> build.NewRows:
-    """The rows that a pretrained model lacks for the store's tokenizer, by its own contract or that of tokenizer.path."""
+    """The rows that a pretrained model lacks for the store's tokenizer: by its own contract, or tokenizer.path."""
     return _extension(config, str(pretrained)) or _extension(config, config.tokenizer.path or str(pretrained))
 
 
