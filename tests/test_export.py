@@ -17,6 +17,7 @@ from support.models import ARCHITECTURES, tiny_config
 from support.ranks import run_ranks
 from support.runs import run_config, whole
 from support.stores import random_documents, write_store
+from support.transformers4 import transformers4
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, PretrainedConfig
 
 from tsumugu import export as export_module
@@ -160,17 +161,6 @@ def test_a_fresh_process_without_tsumugu_computes_the_trained_models_logits_exac
     differences = {name: (read[name]["logits"] - logits).abs().max().item() for name, (_, logits) in trained.items()}
     assert differences == dict.fromkeys(trained, 0.0)
     assert read["instruct"]["ids"] == golden_ids(root / "instruct")
-
-
-def transformers4() -> str:
-    """The python of an environment with transformers 4.57."""
-    here = Path(__file__).parent.parent / ".venv-transformers4" / "bin" / "python"
-    python = os.environ.get("TSUMUGU_TRANSFORMERS4") or (str(here) if here.exists() else None)
-    if python is None:
-        pytest.skip(
-            "no transformers 4.57: `make .venv-transformers4` makes it, or name a python in TSUMUGU_TRANSFORMERS4"
-        )
-    return python
 
 
 def test_transformers_4_reads_the_same_model_and_the_same_ids(root: Path, trained: dict):

@@ -169,7 +169,8 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
 def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     # here, so that reading a contract needs no tokenizer library
-    from tsumugu.tokenizer.load import load_tokenizer, newline_token
+    from tsumugu.tokenizer.convert import ahead_of
+    from tsumugu.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
@@ -181,7 +182,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     golden = tuple((text, tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in golden_texts)
     defining = {"vocabulary": tokens, "special": [unk, bos, eos, pad], "golden": golden}
     plain, default = tokenizer.encode("あ", add_special_tokens=False).ids, tokenizer.encode("あ").ids
-    mapped = newline_token(tokenizer) is not None
+    mapped = ahead_of(tokenizer).newline is not None
     newline = "\n" in tokenizer.decode(tokenizer.encode("あ\nい", add_special_tokens=False).ids)
     return Contract(
         version=VERSION,
@@ -211,14 +212,13 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
-    from tsumugu.tokenizer.convert import BYTE_PIECE, NEVER, SPACE
-    from tsumugu.tokenizer.load import newline_token
+    from tsumugu.tokenizer.convert import BYTE_PIECE, NEVER, SPACE, ahead_of
 
     layout = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in layout["added_tokens"]}
     decoder = json.dumps(layout["decoder"], ensure_ascii=False)
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
-    newline = newline_token(tokenizer)
+    newline = ahead_of(tokenizer).newline
     scores = [score for _, score in layout["model"]["vocab"]] if layout["model"]["type"] == "Unigram" else []
 
     def length(id: int, token: str) -> int:

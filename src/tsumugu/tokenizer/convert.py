@@ -212,7 +212,39 @@ def plain(model: ModelProto) -> SentencePieceProcessor:
     return processor(bare)
 
 
-def to_fast(model: ModelProto, name: str = "the model", newline: str | None = None) -> Tokenizer:
+@dataclass(frozen=True)
+class Ahead:
+    """What is done to a text before SentencePiece's own normalisation, in this order.
+
+    Attributes:
+        lower_case: Each character is made lower-case, as slow tokenizers with `do_lower_case` do.
+        newline: A token that stands for newlines, in both directions; None for what the model does with them.
+    """
+
+    lower_case: bool = False
+    newline: str | None = None
+
+    def normalizers(self) -> list[normalizers.Normalizer]:
+        steps: list[normalizers.Normalizer] = [normalizers.Lowercase()] if self.lower_case else []
+        return steps if self.newline is None else [*steps, normalizers.Replace(Regex(NEWLINE), self.newline)]
+
+    def __call__(self, text: str) -> str:
+        if self.lower_case:
+            text = normalizers.Lowercase().normalize_str(text)
+        if self.newline is not None:
+            text = text.replace("\r\n", self.newline).replace("\n", self.newline)
+        return text
+
+
+def ahead_of(tokenizer: Tokenizer) -> Ahead:
+    """What a tokenizer made by `to_fast` does ahead; nothing for others."""
+    steps = (json.loads(tokenizer.to_str())["normalizer"] or {}).get("normalizers") or []
+    lower_case = [step["type"] for step in steps[:1]] == ["Lowercase"]
+    mapped = [step for step in steps[lower_case : lower_case + 1] if step.get("pattern") == {"Regex": NEWLINE}]
+    return Ahead(lower_case, mapped[0]["content"] if mapped else None)
+
+
+def to_fast(model: ModelProto, name: str = "the model", ahead: Ahead = Ahead()) -> Tokenizer:  # noqa: B008
     """The fast tokenizer that gives SentencePiece's ids and decodes to SentencePiece's text.
 
     Control pieces and the unknown piece become special tokens: a text that spells one is given that id, as always in
@@ -221,26 +253,20 @@ def to_fast(model: ModelProto, name: str = "the model", newline: str | None = No
     Args:
         model: Parsed SentencePiece model (`read_model`).
         name: What to call the model in an error.
-        newline: A token that stands for newlines, in both directions; None for what the model itself does with them.
+        ahead: What to do to a text first.
 
     Raises:
         UserError: The conversion would not be exact, and why.
     """
     if reason := normalize.refusal(model) or _refusal(model):
         raise UserError(f"{name} cannot be converted exactly: {reason}", "use it with the library that made it")
-    return unchecked(model, newline)
+    unigram = model.trainer_spec.model_type == model.trainer_spec.UNIGRAM
 
-
-def unchecked(model: ModelProto, newline: str | None = None) -> Tokenizer:
-    """`to_fast` for a model that is known not to be refused, which takes a while to find out."""
-    tokenizer = Tokenizer(
-        _unigram(model) if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM else _bpe(model)
-    )
-    before = [] if newline is None else [normalizers.Replace(Regex(NEWLINE), newline)]
-    tokenizer.normalizer = normalize.chain(model, before)  # type: ignore[assignment]
+    tokenizer = Tokenizer(_unigram(model) if unigram else _bpe(model))
+    tokenizer.normalizer = normalize.chain(model, ahead.normalizers())  # type: ignore[assignment]
     if cuts := _pre_tokenizers(model):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)  # type: ignore[assignment]
-    tokenizer.decoder = _decoder(model, newline)  # type: ignore[assignment]
+    tokenizer.decoder = _decoder(model, ahead.newline)  # type: ignore[assignment]
     special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer

@@ -184,7 +184,7 @@ def add_pieces(
     lossless = convert.lossless_refusal(model) is None and not convert.differing_part(
         old_fast, convert.to_lossless(model)
     )
-    newline = load.newline_token(old_fast)
+    ahead = convert.ahead_of(old_fast)
 
     pieces = _learn(model, documents, room)
     if not pieces:
@@ -198,7 +198,7 @@ def add_pieces(
     grown.trainer_spec.vocab_size = len(grown.pieces)
     engine = convert.plain(model)
     rows = [(len(model.pieces) + at, engine.encode(text)) for at, (text, _) in enumerate(pieces)]
-    converted = convert.to_lossless(grown) if lossless else convert.to_fast(grown, str(source), newline)
+    converted = convert.to_lossless(grown) if lossless else convert.to_fast(grown, str(source), ahead)
     extended = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     extended |= {part: json.loads(converted.to_str())[part] for part in ("model", "normalizer", "pre_tokenizer")}
 
@@ -220,9 +220,7 @@ def add_pieces(
                 f"{text[:200]!r} does not come back"
             )
             changed, count = changed + (old != new), count + 1
-        strings = [text for text in (*GOLDEN, *sample) if not (lossless and SPACE in text)]
-        if newline is not None:
-            strings = [load.map_newlines(text, newline) for text in strings]
+        strings = [ahead(text) for text in (*GOLDEN, *sample) if not (lossless and SPACE in text)]
         convert.compare(grown, load.without_specials(after), strings, str(output))
         return count, changed
 

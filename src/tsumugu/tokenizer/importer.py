@@ -202,12 +202,7 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
             raise UserError(f"{found.name} expresses newlines by itself", "use --newline keep")
     else:
         assert found.model_file is not None
-        if found.named.get("do_lower_case"):
-            raise UserError(
-                f"{found.name} lower-cases text ahead of its model (do_lower_case)",
-                f"import {found.model_file}, and lower-case the corpus and every prompt",
-            )
-        tokenizer = convert.to_fast(found.model, found.name, newline)
+        tokenizer = convert.to_fast(found.model, found.name, _ahead(found, newline))
         shutil.copyfile(found.model_file, folder / "tokenizer.model")
         _add_tokens(tokenizer, found)
         names = {name: token for name, token in names.items() if tokenizer.token_to_id(token) is not None}
@@ -224,6 +219,10 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
     if found.chat_template:
         (folder / "chat_template.jinja").write_text(found.chat_template, encoding="utf-8")
     return write_contract(folder)
+
+
+def _ahead(found: _Source, newline: str | None) -> convert.Ahead:
+    return convert.Ahead(bool(found.named.get("do_lower_case")), newline)
 
 
 def _content(token: Any) -> str:
@@ -300,63 +299,70 @@ def _prove(found: _Source, folder: Path, contract: Contract, sample: list[str], 
     from transformers import AutoTokenizer
 
     served = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    document = load.load_tokenizer(folder)
-    special = [token.content for token in document.get_added_tokens_decoder().values()]
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        """As a server does, but for texts that spell an added token, which the original engine takes for text."""
-        ids = served(texts, add_special_tokens=False).input_ids
-        for place, text in enumerate(texts):
-            if any(token in text for token in special):
-                ids[place] = document.encode(text, add_special_tokens=False).ids
-        return ids
-
     parts = [part for text in sample for part in _parts(text)]
-    if found.model is not None and not _is_ours(found):
-        ordinary = [token for token, entry in found.added.items() if not entry.get("special")]
-        golden, parts = (
-            [text for text in texts if not any(token in text for token in ordinary)] for texts in (list(GOLDEN), parts)
-        )
-        if newline is not None:  # the original engine is given what the mapping makes
-            mapped = [load.map_newlines(text, newline) for text in (*golden, *parts)]
-            convert.compare(found.model, lambda texts: encode(texts), mapped, found.name)
-            pairs = zip(encode([*golden, *parts]), encode(mapped), strict=True)
-            assert all(ours == theirs for ours, theirs in pairs)
-            golden, parts = mapped[: len(golden)], mapped[len(golden) :]
-        first = convert.compare(found.model, encode, golden, found.name)
-        rest = convert.compare(found.model, encode, parts, found.name)
-        ties = first.ties + rest.ties
-    else:
-        golden, ties = list(GOLDEN), 0
-        original = Tokenizer.from_file(str(found.tokenizer_file))
-        original.no_truncation()
-        original.no_padding()
-        for add in (False, True):
-            for start in range(0, len(golden) + len(parts), 1000):
-                texts = [*golden, *parts][start : start + 1000]
-                theirs = [encoding.ids for encoding in original.encode_batch(texts, add_special_tokens=add)]
-                for text, ours, own in zip(texts, served(texts, add_special_tokens=add).input_ids, theirs, strict=True):
-                    if ours != own:
-                        raise UserError(
-                            f"{found.name}: transformers gives {ours[:40]} for {text[:200]!r}, its own tokenizer.json "
-                            f"{own[:40]}",
-                            "it is not a tokenizer that transformers loads as it is",
-                        )
+    by_sentencepiece = found.model is not None and not _is_ours(found)
+    compare = _compare_with_sentencepiece if by_sentencepiece else _compare_with_tokenizers
+    golden, proven = (compare(found, folder, served, texts, newline) for texts in (list(GOLDEN), parts))
     _check_around(served, contract)
+    document = load.load_tokenizer(folder)
     back = {
         name: document.decode(document.encode(text, add_special_tokens=False).ids) for name, text in _PROBES.items()
     }
     return ImportReport(
         ids=contract.vocab_size,
-        engine="tokenizers" if found.model is None else "sentencepiece",
-        golden=len(golden),
-        strings=len(parts),
-        characters=sum(map(len, parts)),
-        ties=ties,
+        engine="sentencepiece" if by_sentencepiece else "tokenizers",
+        golden=golden.strings,
+        strings=proven.strings,
+        characters=proven.characters,
+        ties=golden.ties + proven.ties,
         changed={name: (text, back[name]) for name, text in _PROBES.items() if back[name] != text},
         unknown=_unknown(document, contract, sample),
         newline=contract.newline,
     )
+
+
+def _compare_with_sentencepiece(
+    found: _Source, folder: Path, served: Any, texts: list[str], newline: str | None
+) -> convert.Comparison:
+    """As a server encodes them, but for texts that spell an added token: a special one, which is text to the original
+    engine, is taken for text here too, and what spells one of the source's ordinary ones is left out."""
+    assert found.model is not None
+    document, ahead = load.load_tokenizer(folder), _ahead(found, newline)
+    special = [token.content for token in document.get_added_tokens_decoder().values()]
+    ordinary = [token for token, entry in found.added.items() if not entry.get("special")]
+    # The original engine is given what is done ahead of it.
+    given = {ahead(text): text for text in texts if not any(token in text for token in ordinary)}
+
+    def encode(made: list[str]) -> list[list[int]]:
+        ids = served([given[text] for text in made], add_special_tokens=False).input_ids
+        for place, text in enumerate(made):
+            if any(token in given[text] for token in special):
+                ids[place] = document.encode(given[text], add_special_tokens=False).ids
+        return ids
+
+    return convert.compare(found.model, encode, list(given), found.name)
+
+
+def _compare_with_tokenizers(
+    found: _Source, _folder: Path, served: Any, texts: list[str], _newline: str | None
+) -> convert.Comparison:
+    """As a server encodes them, with and without what is put around a text."""
+    original = Tokenizer.from_file(str(found.tokenizer_file))
+    original.no_truncation()
+    original.no_padding()
+    for add in (False, True):
+        for start in range(0, len(texts), 1000):
+            batch = texts[start : start + 1000]
+            theirs = [encoding.ids for encoding in original.encode_batch(batch, add_special_tokens=add)]
+            ours = served(batch, add_special_tokens=add).input_ids
+            for text, own, made in zip(batch, theirs, ours, strict=True):
+                if own != made:
+                    raise UserError(
+                        f"{found.name}: transformers gives {made[:40]} for {text[:200]!r}, its own tokenizer.json "
+                        f"{own[:40]}",
+                        "it is not a tokenizer that transformers loads as it is",
+                    )
+    return convert.Comparison(len(texts), sum(map(len, texts)), 0)
 
 
 def _check_around(served: Any, contract: Contract) -> None:

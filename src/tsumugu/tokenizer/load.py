@@ -87,13 +87,6 @@ def without_specials(tokenizer: Tokenizer) -> Encode:
     return _by_tokenizers(plain)
 
 
-def newline_token(tokenizer: Tokenizer) -> str | None:
-    """The token that newlines are mapped to by the tokenizer itself, if they are."""
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    first = next(iter(normalizer.get("normalizers") or [{}]))
-    return first["content"] if first.get("pattern") == {"Regex": convert.NEWLINE} else None
-
-
 class BulkEncoder:
     """Documents to ids, in bulk: what tokenizer.json gives for the text alone, from the fastest engine that is exact.
 
@@ -197,7 +190,7 @@ def _by_sentencepiece(fast: Tokenizer, path: Path) -> tuple[str, Encode] | None:
     config = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
     if config.get(SEAL) != seal(path.parent):
         return None
-    return "sentencepiece", _by_parts(fast, model, newline_token(fast))
+    return "sentencepiece", _by_parts(fast, model)
 
 
 def seal(folder: Path) -> str:
@@ -232,24 +225,22 @@ def _by_exact_lines(fast: Tokenizer, model: ModelProto, longest: int) -> Encode:
     )
 
 
-def _by_parts(fast: Tokenizer, model: ModelProto, newline: str | None) -> Encode:
+def _by_parts(fast: Tokenizer, model: ModelProto) -> Encode:
     """For imported models: normalised by SentencePiece, cut where no piece reaches across, each part alone."""
-    engine = convert.processor(model)
+    engine, ahead = convert.processor(model), convert.ahead_of(fast)
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        if newline is None:
-            return lambda texts: engine.encode(texts, num_threads=1)
-        return lambda texts: engine.encode([map_newlines(text, newline) for text in texts], num_threads=1)
+        return lambda texts: engine.encode([ahead(text) for text in texts], num_threads=1)
     plain = convert.plain(model)
     unnormalised = Tokenizer.from_str(fast.to_str())
     unnormalised.normalizer = normalizers.Sequence([])  # type: ignore[assignment]
-    cut = _cutter(model, newline)
+    cut = _cutter(model, ahead.newline)
 
     spec = model.normalizer_spec
     simple = not (spec.precompiled_charsmap or spec.remove_extra_whitespaces)
     prefix = SPACE if spec.add_dummy_prefix else ""
 
     def parts(text: str) -> list[str]:
-        text = text if newline is None else map_newlines(text, newline)
+        text = ahead(text)
         if simple:  # faster than asking
             return cut(prefix + text.replace(" ", SPACE)) if text else []
         return cut(engine.normalize(text))
@@ -260,10 +251,6 @@ def _by_parts(fast: Tokenizer, model: ModelProto, newline: str | None) -> Encode
         without_specials(unnormalised),
         lambda part: len(part) <= _LONGEST_PART,
     )
-
-
-def map_newlines(text: str, token: str) -> str:
-    return text.replace("\r\n", token).replace("\n", token)
 
 
 def _cutter(model: ModelProto, newline: str | None) -> Callable[[str], list[str]]:

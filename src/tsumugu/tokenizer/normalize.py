@@ -127,7 +127,7 @@ def refusal(model: ModelProto) -> str | None:
     return None
 
 
-def _by_length(entries: dict[str, str], own: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _by_length(entries: dict[str, str], own: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Entries of one character, without the user-defined ones, and entries of several."""
     single = {key: value for key, value in entries.items() if len(key) == 1 and key not in own}
     return single, {key: value for key, value in entries.items() if len(key) > 1}
@@ -178,7 +178,7 @@ def chain(model: ModelProto, before: list[normalizers.Normalizer]) -> normalizer
     steps = [*before]
     if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
         steps.append(normalizers.Prepend(SPACE))  # here, since a text of characters that go altogether keeps it
-    steps += _mapping(model)
+    steps += _mapping(spec.precompiled_charsmap, tuple(user_defined(model)))
     if spec.remove_extra_whitespaces:
         # Before the end SentencePiece also trims a U+2581 that was in the text. Not Strip, which takes every kind.
         steps.append(normalizers.Replace(Regex(r"\A +|[ \x{2581}]+\z|(?<= ) +"), ""))
@@ -188,8 +188,8 @@ def chain(model: ModelProto, before: list[normalizers.Normalizer]) -> normalizer
     return normalizers.Sequence(steps)
 
 
-def _mapping(model: ModelProto) -> list[normalizers.Normalizer]:
-    blob, own = model.normalizer_spec.precompiled_charsmap, user_defined(model)
+@functools.cache
+def _mapping(blob: bytes, own: tuple[str, ...]) -> list[normalizers.Normalizer]:
     entries = read_charsmap(blob)
     if not entries:
         return []
@@ -220,7 +220,7 @@ def _mapping(model: ModelProto) -> list[normalizers.Normalizer]:
     return steps
 
 
-def _uncomposed(multiple: dict[str, str], own: list[str]) -> str:
+def _uncomposed(multiple: dict[str, str], own: Iterable[str]) -> str:
     """A pattern of the places between an entry, or a character, and a combining character that does not belong to it.
 
     Entries are matched as SentencePiece does, user-defined pieces before them. Since what begins an entry stands
