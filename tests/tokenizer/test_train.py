@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer
 
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.train import LONGEST_SENTENCE, sentences, train_tokenizer
+from tsumugu.tokenizer.contract import check_contract
+from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
+from tsumugu.tokenizer.train import LONGEST_SENTENCE, sentences, train_byte_level, train_tokenizer
 
 
 def test_the_vocabulary_is_as_asked(folder: Path):
@@ -135,3 +138,33 @@ def test_what_is_there_is_not_overwritten_and_what_a_killed_run_left_is(corpus: 
     assert "rubbish" not in [path.name for path in (tmp_path / "new").iterdir()]
     with pytest.raises(UserError, match="not empty"):
         train_tokenizer(lambda: corpus, tmp_path / "new", vocab_size=800)
+
+
+def test_a_byte_level_tokenizer_loses_nothing_and_is_encoded_by_tiktoken(
+    corpus: list[str], texts: list[str], tmp_path: Path
+):
+    report = train_byte_level(lambda: corpus, tmp_path / "bpe", vocab_size=600, reserved=5)
+    contract = check_contract(tmp_path / "bpe")
+    assert (report.documents, report.vocab_size, contract.vocab_size) == (len(corpus), 600, 600)
+    assert (contract.bos_id, contract.eos_id, contract.pad_id, contract.unk_id) == (0, 0, 1, None)
+    assert contract.newline == "expressible"
+    assert contract.token_bytes[:7] == (0,) * 7
+    encode, served = BulkEncoder(tmp_path / "bpe"), AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    assert encode.engine == "tiktoken"
+    for text, ids in zip(texts, encode(texts), strict=True):
+        assert sum(contract.token_bytes[id] for id in ids) == len(text.encode())
+        assert served.decode(ids) == text
+    assert not set(encode(["<|endoftext|><reserved_1>"])[0]) & set(range(7))
+    plain = [text for text in texts if "<" not in text]
+    assert served(plain).input_ids == [list(ids) for ids in encode(plain)]
+    train_byte_level(lambda: corpus, tmp_path / "again", vocab_size=600, reserved=5)
+    assert load_tokenizer(tmp_path / "again").to_str() == load_tokenizer(tmp_path / "bpe").to_str()
+
+
+@pytest.mark.parametrize(("vocab_size", "reason"), [(300, "smaller .* which is 358"), (100_000, "larger .* which is")])
+def test_a_byte_level_vocabulary_that_is_not_possible_is_refused(
+    corpus: list[str], tmp_path: Path, vocab_size: int, reason: str
+):
+    with pytest.raises(UserError, match=reason):
+        train_byte_level(lambda: corpus, tmp_path / "refused", vocab_size=vocab_size)
+    assert list(tmp_path.iterdir()) == []

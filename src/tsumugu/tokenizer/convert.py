@@ -244,7 +244,7 @@ def ahead_of(tokenizer: Tokenizer) -> Ahead:
     return Ahead(lower_case, mapped[0]["content"] if mapped else None)
 
 
-def to_fast(model: ModelProto, name: str = "the model", ahead: Ahead = Ahead()) -> Tokenizer:  # noqa: B008
+def to_fast(model: ModelProto, name: str = "the model", ahead: Ahead = Ahead()) -> Tokenizer:
     """The fast tokenizer that gives SentencePiece's ids and decodes to SentencePiece's text.
 
     Control pieces and the unknown piece become special tokens: a text that spells one is given that id, as always in
