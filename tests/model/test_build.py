@@ -74,11 +74,46 @@ def refusal(folder: str, shard_degree: int) -> str:
     return ""
 
 
-def on_two_ranks(folders: list[str], faulty: list[str]) -> tuple[list[tuple[dict, dict]], list[float], list[str]]:
+NEW_ROWS = [(VOCABULARY, [5, 9]), (VOCABULARY + 1, []), (VOCABULARY + 2, [VOCABULARY, 7])]
+SPARE_ROWS = [(VOCABULARY - 2, [5, 9]), (VOCABULARY - 1, [VOCABULARY - 2])]
+
+
+def grown(folder: str, shard_degree: int, rows: list, size: int) -> dict[str, torch.Tensor]:
+    """Embedding and head of a folder's model that gets new rows."""
+    config = build.read_config(folder)
+    config.vocab_size = size
+    model = build_with(config, build.pretrained(Path(folder), rows), shard_degree)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in (("embedding", embedding), ("head", head))
+    }
+
+
+def with_means(weight: torch.Tensor, rows: list, size: int) -> torch.Tensor:
+    """The same by hand."""
+    result = torch.zeros(size, weight.shape[1])
+    result[: len(weight)] = weight
+    for row, pieces in rows:
+        result[row] = torch.stack([result[piece] for piece in pieces or range(rows[0][0])]).mean(0)
+    return result
+
+
+def all_grown(folders: list[str], shard_degree: int) -> list[tuple[dict, dict]]:
+    return [
+        (grown(folder, shard_degree, NEW_ROWS, VOCABULARY + 3), grown(folder, shard_degree, SPARE_ROWS, VOCABULARY))
+        for folder in folders
+    ]
+
+
+def on_two_ranks(
+    folders: list[str], faulty: list[str]
+) -> tuple[list[tuple[dict, dict]], list[float], list[str], list[tuple[dict, dict]]]:
     return (
         initial_weights(shard_degree=2),
         [difference_from_stock(folder, 2) for folder in folders],
         [refusal(folder, 2) for folder in faulty],
+        all_grown(folders, 2),
     )
 
 
@@ -233,6 +268,18 @@ FAULTS = {
     "shape": "of another shape: model.embed_tokens.weight",
     "tied": "yet of other values: lm_head.weight",
 }
+
+
+def test_new_rows_are_the_means_of_the_rows_they_stand_for_on_every_mesh(folders: dict[str, str], two_ranks: list):
+    here = all_grown(list(folders.values()), 1)
+    for place, folder in enumerate(folders.values()):
+        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        modules = {"embedding": stock.get_input_embeddings(), "head": stock.get_output_embeddings()}
+        for everywhere in (here[place], *(rank[3][place] for rank in two_ranks)):
+            for made, rows, size in zip(everywhere, (NEW_ROWS, SPARE_ROWS), (VOCABULARY + 3, VOCABULARY), strict=True):
+                for name, module in modules.items():
+                    torch.testing.assert_close(made[name], with_means(module.weight.detach(), rows, size))
+                    assert torch.equal(made[name], here[place][rows is SPARE_ROWS][name])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
