@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tsumugu.cli import main
 
@@ -429,3 +430,64 @@ def test_files_that_the_system_does_not_let_grow(made, tmp_path):
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "model").exists()
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_an_imported_and_extended_tokenizer_goes_the_whole_way(made, tmp_path, tokenizer_folder, capsys):
+    corpus = made / "corpus.jsonl"
+
+    def run(*arguments) -> str:
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    def prepared(tokenizer: Path, store: Path) -> Path:
+        run("prepare", "--config", made / "prepare.yaml", f"--output={store}", f"--prepare.tokenizer={tokenizer}")
+        return store
+
+    told = run(
+        *("tokenizer", "import", tokenizer_folder / "tokenizer.model", "--output", tmp_path / "imported"),
+        *("--input", corpus, "--newline", "refuse"),
+    )
+    assert "give the ids of sentencepiece; 0 segmentation ties" in told
+    assert "newline: expressible" in told
+    store = prepared(tmp_path / "imported", tmp_path / "store")
+    train = ["train", "--config", made / "train.yaml"]
+    run(*train, f"--data.store={store}", "--run-dir", tmp_path / "run")
+    run("export", tmp_path / "run", "--output", tmp_path / "model", "--dtype", "float32")
+
+    (tmp_path / "tokens.txt").write_text("<|im_start|>\n<|im_end|>\n番目の\ttext\n", encoding="utf-8")
+    told = run(
+        *("tokenizer", "extend", tmp_path / "model", "--output", tmp_path / "extended"),
+        *("--tokens", tmp_path / "tokens.txt", "--input", corpus),
+    )
+    old = len(json.loads((tmp_path / "model" / "contract.json").read_text())["token_bytes"])
+    assert f"3 ids after {old}; " in told
+    store = prepared(tmp_path / "extended", tmp_path / "extended-store")
+    # the model brings a row more than its tokenizer has ids, which is taken first, or none
+    pretrained = ["--model.preset=null", f"--model.pretrained={tmp_path / 'model'}", f"--data.store={store}"]
+    run(*train, *pretrained, "--run-dir", tmp_path / "longer")
+    run(*train, *pretrained, "--run-dir", tmp_path / "longer")  # resumes: already done
+    run("export", tmp_path / "longer", "--output", tmp_path / "grown", "--dtype", "float32")
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["vocab_size"] >= old + 3
+    assert AutoTokenizer.from_pretrained(tmp_path / "grown")("<|im_end|>").input_ids == [old + 1]
+    assert (tmp_path / "grown" / "extension.json").exists()
+    run("generate", tmp_path / "grown", "--prompt", "今日は", "--max-new-tokens", 4)
+
+
+def test_the_tokenizer_commands_refuse_in_one_line(made, tmp_path, refused, tokenizer_folder):
+    output = ("--output", tmp_path / "x")
+    assert "nor on the hub" in refused("tokenizer", "import", "no/such-tokenizer", *output)
+    assert "not empty" in refused("tokenizer", "import", tokenizer_folder, "--output", made)
+    assert "holds no tokenizer.json" in refused("tokenizer", "import", made, *output)
+    assert "--tokens --train is required" in refused("tokenizer", "extend", tokenizer_folder, *output)
+    extend = ("tokenizer", "extend", tokenizer_folder, *output)
+    assert "goes with --train" in refused(*extend, "--tokens", "t", "--vocab-size", 900)
+    assert "goes with --train" in refused(*extend, "--train", made / "corpus.jsonl")
+    assert "t cannot be read" in refused(*extend, "--tokens", "t")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_byte_level_tokenizer_from_the_command_line(made, tmp_path, capsys):
+    arguments = ["tokenizer", "train", "--kind", "bpe", "--input", made / "corpus.jsonl", "--output", tmp_path / "bpe"]
+    assert main([*map(str, arguments), "--vocab-size", "380", "--reserved", "4"]) == 0
+    assert "380 ids" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(tmp_path / "bpe").eos_token == "<|endoftext|>"
