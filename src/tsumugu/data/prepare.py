@@ -29,14 +29,25 @@ from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, dedup, instructions, store
 from tsumugu.data.clean import Cleaner
 from tsumugu.data.executor import Stage, run_local, run_ray, run_slurm
-from tsumugu.data.steps import WORK, Clean, Encode, Keep, Kept, Read, Task, contamination_of, result_file, write_json
+from tsumugu.data.steps import (
+    DOCUMENTS,
+    REMOVED,
+    WORK,
+    Clean,
+    Encode,
+    Keep,
+    Kept,
+    Read,
+    Task,
+    contamination_of,
+    result_file,
+    write_json,
+)
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, copy_tokenizer, read_contract
 
 # Bytes of input a task: a 256th of all, within these. A function of the input alone, so that the store is too.
 TASK_BYTES = (8 * 2**20, 256 * 2**20)
-# Bytes of input a partition of exact deduplication, which holds some 30 bytes a document in memory.
-PARTITION_BYTES = 2**30
 
 
 def prepare(config: PrepareConfig) -> dict:
@@ -88,7 +99,7 @@ def prepare(config: PrepareConfig) -> dict:
 
 def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
     """The tasks of every source, in order; small files of a source share one."""
-    total = sum(corpus.size_of(file) for several in files.values() for file in several)
+    total = sum(size for several in files.values() for _, size, _ in corpus.fingerprints(several))
     least, most = TASK_BYTES
     task_bytes = min(max(total // 256, least), most)
     tasks: list[Task] = []
@@ -134,11 +145,13 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
         encode = Encode("encode", tasks, config, contract)
         return [Stage("encode", [*read, encode], inputs, list(sizes)), finish("encode")]
     stages = [Stage("read", [*read, Keep("read", tasks, config)], inputs, list(sizes * 0.5))]
-    for name, pipeline, inner_tasks in dedup.stages(
-        work, modes, partitions=int(sizes.sum() // PARTITION_BYTES) + 1, min_similarity=config.min_similarity
-    ):
-        names = [f"part {number + 1} of {inner_tasks} of stage {name}" for number in range(inner_tasks)]
-        stages.append(Stage(name, pipeline, names, [0.0] * inner_tasks))
+    documents, exact, near = (work / name for name in (DOCUMENTS, *REMOVED))
+    comparisons = [dedup.exact_stage(documents, exact, modes, int(sizes.sum()))]
+    if "near" in modes:
+        comparisons += dedup.near_stages(documents, exact, near.parent, modes, config.kind, config.min_similarity)
+    for name, pipeline, parts in comparisons:
+        inputs_of_parts = [f"part {number + 1} of {parts} of the documents" for number in range(parts)]
+        stages.append(Stage(name, pipeline, inputs_of_parts, [0.0] * parts))
     encode = [Kept(tasks, config), Encode("encode", tasks, config, contract)]
     return [*stages, Stage("encode", encode, inputs, list(sizes * 0.5)), finish("read", "encode")]
 
@@ -150,7 +163,7 @@ def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> di
         del settings[key]
     settings["tokenizer"] = contract.fingerprint
     lists = [config.clean_of(source).ng_words for source in config.sources]
-    settings["files"] = [corpus.identity(file) for file in (*files, *filter(None, lists))]
+    settings["files"] = corpus.fingerprints((*files, *filter(None, lists)))
     return json.loads(json.dumps(settings))
 
 

@@ -21,6 +21,7 @@ from datatrove.pipeline.base import PipelineStep
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, dedup, instructions, store
 from tsumugu.data.clean import Cleaner
+from tsumugu.data.contamination import Contamination
 from tsumugu.data.documents import Documents, DocumentWriter
 from tsumugu.data.executor import Progress
 from tsumugu.errors import UserError
@@ -28,6 +29,8 @@ from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder
 
 WORK = ".work"  # what lies here does not outlive the preparation
+DOCUMENTS = "documents"  # below it: what is compared
+REMOVED = {"duplicates": "duplicate", "near/removed": "near duplicate"}  # below it: what is found, and the reason
 
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2**21
@@ -59,14 +62,14 @@ def _encoder(folder: str, fingerprint: str) -> BulkEncoder:
 
 
 @functools.lru_cache(maxsize=1)
-def _contamination(identities: tuple) -> dedup.Contamination | None:
+def _contamination(identities: tuple) -> Contamination | None:
     """One a process, of the files at the head of `identities`."""
-    return dedup.Contamination([path for path, *_ in identities]) if identities else None
+    return Contamination([path for path, *_ in identities]) if identities else None
 
 
-def contamination_of(config: PrepareConfig) -> dedup.Contamination | None:
+def contamination_of(config: PrepareConfig) -> Contamination | None:
     files = corpus.find_files(config.contamination) if config.contamination else []
-    return _contamination(tuple(tuple(corpus.identity(file)) for file in files))
+    return _contamination(tuple(map(tuple, corpus.fingerprints(files))))
 
 
 class Tally:
@@ -117,7 +120,7 @@ def result_file(config: PrepareConfig, stage: str, rank: int) -> Path:
 
 
 def _documents_prefix(config: PrepareConfig, rank: int) -> Path:
-    return Path(config.output) / WORK / dedup.DOCUMENTS / f"{rank:05d}"
+    return Path(config.output) / WORK / DOCUMENTS / f"{rank:05d}"
 
 
 class Read(PipelineStep):
@@ -179,7 +182,7 @@ class Clean(PipelineStep):
             clean = _clean_texts if source.kind == "text" else _clean_conversations
             clean(fit, cleaner)
             if contamination:
-                texts = [dedup.comparison_text(document.text, source.kind) for document in fit]
+                texts = [dedup.compared_text(document.text, source.kind) for document in fit]
                 for document, file in zip(fit, contamination.check(texts), strict=True):
                     if file and not document.metadata["dropped"]:
                         document.metadata["dropped"] = f"contaminated by {file}"
@@ -250,7 +253,10 @@ class Kept(PipelineStep):
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         documents = Documents(_documents_prefix(self.config, rank))
-        removed = dedup.read_removed(Path(self.config.output) / WORK, rank)
+        removed = {}
+        for folder, reason in REMOVED.items():
+            for row in dedup.read_removed(Path(self.config.output) / WORK / folder, rank).tolist():
+                removed[row[1]] = (reason, *row[2:4])
         places = documents.places()
         for index in range(len(documents)):
             validation = bool(documents.rows["validation"][index])
