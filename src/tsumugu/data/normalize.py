@@ -88,29 +88,34 @@ class Normalizer:
 
     def __call__(self, texts: list[str]) -> tuple[list[str], list[bool]]:
         """The texts of a block, mended, and which of them are mojibake that cannot be mended."""
-        broken = [False] * len(texts)
         codes, ends = joined(texts)
         actions = self._actions[codes]
+        broken = [False] * len(texts)
         if not actions.any():
             return texts, broken
-        if self._mend and (actions & _SUSPECT).any():
-            at = np.flatnonzero(actions & _SUSPECT)
+        suspect = np.unique(np.searchsorted(ends, np.flatnonzero(actions & _SUSPECT))).tolist()
+        if suspect and self._mend:
             texts = list(texts)
-            for index in np.unique(np.searchsorted(ends, at)).tolist():
+            for index in suspect:
                 mended = self._mend(texts[index])
-                if mended is None or (self._rules.mojibake == "drop" and mended != texts[index]):
-                    broken[index] = True
-                else:
-                    texts[index] = mended
-            codes, ends = joined(texts)
-            actions = self._actions[codes]
-        actions = actions & (_SUSPECT - 1)
+                broken[index] = mended is None or (self._rules.mojibake == "drop" and mended != texts[index])
+                texts[index] = mended if mended and not broken[index] else texts[index]
+        normal = self._normal_forms(texts)
+        for index in suspect:  # what was removed may have stood between two halves of one misread character
+            if normal[index] != texts[index] and not broken[index]:
+                again, broken_again = self([normal[index]])
+                normal[index], broken[index] = again[0], broken_again[0]
+        return normal, broken
+
+    def _normal_forms(self, texts: list[str]) -> list[str]:
+        codes, ends = joined(texts)
+        actions = self._actions[codes] & (_SUSPECT - 1)
         if not actions.any():
-            return texts, broken
+            return list(texts)
         codes, ends = self._changed(codes.copy(), ends, actions)
         text = codes.tobytes().decode("utf-32-le", "surrogatepass")
         starts = [0, *(ends[:-1] + 1).tolist()]
-        return [text[start:end] for start, end in zip(starts, ends.tolist(), strict=True)], broken
+        return [text[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
 
     def _changed(self, codes: np.ndarray, ends: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         at = np.flatnonzero(actions)
@@ -139,11 +144,12 @@ class Normalizer:
         behind, ahead = _is_alphanumeric(before), _is_alphanumeric(after)
         becomes_ascii = (is_comma | (signs == ord("："))) & between_digits
         becomes_ascii |= np.isin(signs, codes_of("．＜＞")) & behind & ahead
+        dots = is_stop & ((codes[at - 1] == ord("．")) | (codes[at + 1] == ord("．")))  # an ellipsis
         japanese = np.zeros(len(at), np.bool_)
         if self._rules.punctuation:
             documents = np.searchsorted(ends, at)
             for is_sign, usual in ((is_comma, "、"), (is_stop, "。")):
-                undecided = is_sign & ~becomes_ascii
+                undecided = is_sign & ~becomes_ascii & ~dots
                 for document in np.unique(documents[undecided]).tolist():
                     start = ends[document - 1] + 1 if document else 0
                     here = undecided & (documents == document)
@@ -151,7 +157,7 @@ class Normalizer:
                         japanese |= here
         if self._rules.fullwidth_ascii:
             becomes_ascii |= np.isin(signs, codes_of("－＝／＼")) & (behind | ahead)
-            becomes_ascii |= is_stop & behind & ~japanese
+            becomes_ascii |= is_stop & behind & ~japanese & ~dots
             codes[at[becomes_ascii]] -= 0xFEE0
         codes[at[japanese & is_comma]] = ord("、")
         codes[at[japanese & is_stop]] = ord("。")

@@ -28,12 +28,14 @@ def _phone_pattern() -> re.Pattern:
     abroad = rf"[+＋][8８][1１]{between}?"
     numbers.append(rf"{abroad}(?:[(（][0０][)）] ?)?{_DIGIT}{{1,4}}{between}{_DIGIT}{{1,4}}{between}{_DIGIT}{{4}}")
     numbers.append(rf"{abroad}[5-9５-９][0０]{_DIGIT}{{8}}")
-    return re.compile(rf"(?<![\w.,+-])(?:{'|'.join(numbers)})(?![-‐‑–－−]?{_DIGIT})", re.A)
+    return re.compile(rf"(?<![\w０-９.,+-])(?:{'|'.join(numbers)})(?![-‐‑–－−]?{_DIGIT})", re.A)
 
 
 _PHONE = _phone_pattern()
 _IP = re.compile(
-    r"(?<![\w.:])(?:(?:[0-9]{1,3}\.){3}[0-9]{1,3}|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:]|\.[0-9])", re.A
+    r"(?P<version>(?:\bv|\bver|version|バージョン)[. ]{0,2})?(?<![\w.])"
+    r"(?:(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)|[23][\dA-F]{3}:[\dA-F:]{2,34}(?![\w:]))",
+    re.A | re.I,
 )
 _FOUR = f"{_DIGIT}{{4}}"
 _GAP = f"(?:[ 　]|{_HYPHEN})?"
@@ -50,13 +52,13 @@ def _mask_phone(text: str) -> str:
 
 
 def _mask_ip(text: str) -> str:
-    return _IP.sub(lambda match: "<ip_address>" if _is_public(match[0]) else match[0], text)
+    return _IP.sub(lambda match: "<ip_address>" if _is_address(match) else match[0], text)
 
 
-def _is_public(address: str) -> bool:
-    """Whether an address belongs to somebody: version numbers such as 0.1.2.3 and private networks do not."""
+def _is_address(match: re.Match) -> bool:
+    """Whether it is an address of somebody: not a version number, a time or part of a private network."""
     try:
-        return ipaddress.ip_address(address).is_global
+        return match["version"] is None and ipaddress.ip_address(match[0]).is_global
     except ValueError:
         return False
 

@@ -89,7 +89,7 @@ def _duplicate_shares(items: list[str]) -> tuple[float, float]:
     """Repetitions over all items, and the same by characters."""
     different = set(items)
     characters = sum(map(len, items))
-    return 1 - len(different) / len(items), (characters - sum(map(len, different))) / characters
+    return (len(items) - len(different)) / len(items), (characters - sum(map(len, different))) / characters
 
 
 _END = CODE_POINTS  # stands behind the last character of a document and occurs in none
@@ -102,7 +102,7 @@ def ngram_measures(texts: Sequence[str]) -> dict[str, np.ndarray]:
     on only positions whose N-gram occurs more than once are sorted further, by (group, next character): all others
     stay alone for every greater N. An N-gram that would begin too near to the end holds `_END` and is alone, too.
     """
-    found = {f"{ngram_name(size)}": np.zeros(len(texts)) for size in NGRAM_SIZES}
+    found = {ngram_name(size): np.zeros(len(texts)) for size in NGRAM_SIZES}
     row = 0
     for block in blocks(texts):
         for name, values in _block_ngrams(block).items():
