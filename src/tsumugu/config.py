@@ -27,56 +27,70 @@ class CleanConfig:
     rules: Literal["none", "normalize", "swallow"] | None = None
     """none: text as it is. normalize: characters are mended. swallow: also the quality rules of Swallow Corpus v1.
     Default: normalize for text, none for instructions."""
-    fullwidth_ascii: bool = True
-    """normalize: full-width letters, digits and signs become ASCII."""
-    halfwidth_kana: bool = True
-    """normalize: half-width kana become full-width, with their voicing marks."""
-    compatibility_ideographs: bool = True
-    """normalize: CJK compatibility ideographs become their unified forms."""
-    punctuation: bool = True
-    """normalize: ， and ． become 、 and 。 (between digits: comma and point)."""
     control_characters: bool = True
-    """normalize: control characters other than tab and newline go."""
+    """normalize: control and invisible characters go (not tab, newline, joiners); every line end becomes a newline."""
     mojibake: Literal["repair", "drop", "keep"] = "repair"
-    """normalize: text decoded with the wrong encoding is repaired where that is reversible, else dropped."""
+    """normalize, ja and en: text decoded with the wrong encoding is repaired where that is reversible, else dropped."""
+    fullwidth_ascii: bool = True
+    """normalize, ja: full-width letters, digits and signs become ASCII; Japanese punctuation such as （）！？ stays."""
+    halfwidth_kana: bool = True
+    """normalize, ja: half-width kana and ｡｢｣､･ become full-width, a voicing mark joins its kana."""
+    compatibility_ideographs: bool = True
+    """normalize, ja: CJK compatibility ideographs and radicals become the unified kanji."""
+    punctuation: bool = True
+    """normalize, ja: ， and ． become 、 and 。 in documents that use them instead of 、 and 。, not between digits."""
     min_letters: int = 400
-    """swallow: letters of any script."""
+    """swallow, ja: least number of characters of any kind. 0 switches a minimum off."""
     min_japanese_letters: int = 400
-    """swallow: hiragana, katakana and kanji."""
+    """swallow, ja: least number of hiragana, katakana, kanji and 、。！？."""
     min_hiragana: float = 0.2
-    """swallow: share of hiragana among the letters."""
+    """swallow, ja: share of hiragana among the Japanese letters."""
     max_katakana: float = 0.5
-    """swallow: share of katakana among the letters."""
+    """swallow, ja: share of katakana among the Japanese letters. 1 switches a share off."""
     min_japanese: float = 0.5
-    """swallow: share of Japanese letters among the letters."""
+    """swallow, ja: share of Japanese letters among all characters: what is below is not Japanese."""
+    min_latin: float = 0.5
+    """swallow, en: share of Latin letters among the letters of all scripts: what is below is not English."""
     min_mean_sentence: float = 20
-    """swallow: mean length of sentences in characters."""
+    """swallow, ja: mean length of sentences in characters."""
     max_mean_sentence: float = 90
-    """swallow: the same, at most."""
-    max_sentence: int = 200
-    """swallow: longest sentence in characters."""
+    """swallow, ja: the same, at most. .inf switches a length off."""
+    max_longest_sentence: float = 200
+    """swallow, ja: longest sentence in characters."""
     max_ellipsis: float = 0.2
-    """swallow: share of sentences that end in an ellipsis."""
+    """swallow, ja: share of sentences that end in … or ・."""
     max_duplicate_paragraphs: float = 0.30
-    """swallow: share of paragraphs that repeat an earlier one."""
+    """swallow, ja: share of lines that repeat an earlier one."""
     max_duplicate_paragraph_characters: float = 0.20
-    """swallow: the same, by characters."""
+    """swallow, ja: the same, by characters."""
     max_duplicate_sentences: float = 0.30
-    """swallow: share of sentences that repeat an earlier one."""
+    """swallow, ja: share of sentences that repeat an earlier one."""
     max_duplicate_sentence_characters: float = 0.20
-    """swallow: the same, by characters."""
+    """swallow, ja: the same, by characters."""
     max_top_ngrams: list[float] = field(default_factory=lambda: [0.20, 0.18, 0.16])
-    """swallow: share of the most frequent 2-, 3- and 4-gram."""
+    """swallow, ja: share of the most frequent 2, 3 and 4 characters among all such. [1, 1, 1] switches them off."""
     max_duplicate_ngrams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.10])
-    """swallow: share of repeated 5- to 10-grams."""
+    """swallow, ja: share of different 5 to 10 characters that occur again. [1, 1, 1, 1, 1, 1] switches them off."""
     ng_words: str | None = None
-    """Any rules but none: a file of words, one a line; documents with too many of them are dropped."""
+    """normalize and swallow: a file of words, one a line; documents with too many of them are dropped."""
     max_ng_words: float = 0.05
-    """Share of a document's characters that NG words may cover."""
+    """Characters that NG words may cover, over the Japanese letters of a document (en, code: over all characters)."""
     mask: list[Literal["email", "phone", "ip", "my_number"]] = field(default_factory=list)
-    """Any rules but none: personal data that is replaced by a placeholder of its kind."""
+    """normalize and swallow: personal data that becomes <email>, <phone>, <ip_address> or <my_number>."""
     hojichar: list[dict[str, Any]] = field(default_factory=list)
-    """Any rules but none: filters of HojiChar (pip install hojichar), each `name` and its arguments, applied last."""
+    """normalize and swallow: document filters of HojiChar (pip install hojichar), `name` and arguments; come last."""
+
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise UserError(f"clean.{key} is {value}", "use 0 or more")
+        for key, count in (("max_top_ngrams", 3), ("max_duplicate_ngrams", 6)):
+            limits = getattr(self, key)
+            if len(limits) != count or not all(limit >= 0 for limit in limits):
+                raise UserError(f"clean.{key} is {limits}", f"use {count} shares from 0 to 1")
+        for index, item in enumerate(self.hojichar):
+            if not isinstance(item.get("name"), str):
+                raise UserError(f"clean.hojichar[{index}] has no name", "name a filter of HojiChar, such as DiscardAds")
 
 
 # What a source changes of prepare.clean: the same keys, null where prepare.clean holds.
