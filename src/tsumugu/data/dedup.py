@@ -127,10 +127,9 @@ class _Exact(PipelineStep):
         del shards
         by_key = np.lexsort((orders, keys[:, 1], keys[:, 0]))
         keys, orders = keys[by_key], orders[by_key]
-        equal = (keys[1:] == keys[:-1]).all(1)  # to the one before
-        alone = ~(np.append(equal, False) | np.append(False, equal))
-        orders, first = orders[~alone], ~np.append(False, equal)[: len(alone)][~alone]
-        _write(self.output / f"{rank:05d}.npy", self._removed(orders, first))
+        first = _begins((keys[1:] != keys[:-1]).any(1), len(keys))  # of equal ones
+        alone = first & np.append(first, True)[1:]
+        _write(self.output / f"{rank:05d}.npy", self._removed(orders[~alone], first[~alone]))
 
     def _shard(self, task: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and orders of the documents of a shard whose keys are in this part."""
@@ -313,7 +312,7 @@ def _pairs_of_runs(links: np.ndarray) -> np.ndarray:
     Returns:
         (pairs,) of dtype _PAIR.
     """
-    begins = np.append(True, links[1:, 0] != links[:-1, 1])
+    begins = _begins(links[1:, 0] != links[:-1, 1], len(links))
     lengths = np.diff(np.flatnonzero(np.append(begins, True))) + 1
     first = np.repeat(np.cumsum(lengths) - lengths, lengths)  # where the run of each member begins
     position = np.arange(len(first)) - first
@@ -350,8 +349,7 @@ class _Compare(PipelineStep):
         files = sorted((self.output / "candidates").glob(f"[0-9]*/{rank:05d}.bin"))
         pairs = np.concatenate([np.empty(0, _PAIR), *(np.fromfile(file, _PAIR) for file in files)])
         pairs = pairs[np.lexsort((pairs["earlier"], pairs["later"]))]
-        pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])[: len(pairs)]]
-        pairs = self._closest(pairs)
+        pairs = self._closest(pairs[_begins(pairs[1:] != pairs[:-1], len(pairs))])
         similar = np.empty(len(pairs), _SIMILAR)
         for number, (later, earlier) in enumerate(pairs.tolist()):
             orders = sorted(shingles.order(place) for place in (later, earlier))
@@ -507,9 +505,14 @@ def _to_places(groups: np.ndarray, numbers: np.ndarray, shards: int) -> np.ndarr
     return tasks << 32 | numbers & 2 ** _number_bits(shards) - 1
 
 
+def _begins(changes: np.ndarray, count: int) -> np.ndarray:
+    """Where runs begin, of `count` items that change, or not, from one to the next."""
+    return np.append(True, changes)[:count]
+
+
 def _split(keys: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The values of each run of equal keys."""
-    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
+    starts = np.flatnonzero(_begins(keys[1:] != keys[:-1], len(keys)))
     yield from zip(keys[starts].tolist(), np.split(values, starts[1:]), strict=len(keys) > 0)
 
 
