@@ -55,7 +55,7 @@ _HASHES = _BUCKETS * _ROWS
 _MULTIPLIERS = np.random.Generator(np.random.PCG64(1)).integers(0, 2**32, _HASHES, np.uint32) | np.uint32(1)
 _GROUPS = 512  # at most; datatrove's bucket stage keeps a file of each open
 _BLOCK = 2**15  # shingles whose hashes stay in the cache
-_COLLISIONS = 2**18  # pairs at a time
+_COLLISIONS = 2**16  # pairs at a time
 _NEIGHBOURS = 4
 _COMPARED = 32
 _KEEPERS = 8
@@ -108,7 +108,7 @@ def exact_stage(documents: Path, output: Path, modes: list[Mode], input_bytes: i
         modes: Of each shard.
         input_bytes: Size of all input; only the number of tasks depends on it.
     """
-    return Stage("exact duplicates", [_Exact(documents, output, modes)], 1 + input_bytes // 2**30)
+    return Stage("exact-duplicates", [_Exact(documents, output, modes)], 1 + input_bytes // 2**30)
 
 
 class _Exact(PipelineStep):
@@ -158,12 +158,14 @@ def near_stages(
 
     Documents are compared by the letters and digits of their text (see `shingles`; of instructions, of the contents
     of all messages); those with fewer than five are left alone. Two documents of Jaccard similarity s become
-    candidates with a probability of 1 - (1 - s**4)**48: 0.83 at 0.44 (every tenth character edited), 0.9999 at 0.65
-    (every twentieth). A candidate is compared if it is close by its 192 hashes, and with at most 32 others.
+    candidates with a probability of 1 - (1 - s**4)**48: 0.84 at 0.44 (every tenth character edited), 0.9999 at 0.65
+    (every twentieth). Of its candidates, a document is compared with the 32 that are closest by their 192 hashes.
+
+    Similarities are exact but for 5-grams with equal 64-bit hashes, about one in 10**13 documents of 1,500 characters.
 
     Memory of a task, for a group of shards (one, or the 512th part of all): signatures, 1 kB for each of its documents;
-    candidates, 100 kB for each group; comparison, 130 MB and 60 bytes for each pair of candidates with its documents
-    (no more than 384 for each, in practice a few). Each of these needs 60 bytes more for each character of the longest
+    candidates, 100 kB for each group and 100 MB; comparison, 200 MB and 60 bytes for each pair of candidates (at most
+    384 for each document, in practice a few). Each of these needs 60 bytes more for each character of the longest
     document. The choice, one task, takes 100 bytes for each similar pair of the whole corpus.
 
     Args:
@@ -182,10 +184,10 @@ def near_stages(
         str(output / "signatures"), str(output / "collisions"), config=config, lines_to_buffer=1000
     )
     return [
-        Stage("near duplicates: signatures", [_Signatures(documents, exact, output, modes, kind)], groups),
-        Stage("near duplicates: candidates", [buckets, _Candidates(output, len(modes))], _BUCKETS),
-        Stage("near duplicates: comparison", [_Compare(documents, output, kind, min_similarity)], groups),
-        Stage("near duplicates: choice", [_Choose(documents, output, groups, kind, min_similarity)], 1),
+        Stage("near-signatures", [_Signatures(documents, exact, output, modes, kind)], groups),
+        Stage("near-candidates", [buckets, _Candidates(output, len(modes))], _BUCKETS),
+        Stage("near-comparison", [_Compare(documents, output, kind, min_similarity)], groups),
+        Stage("near-choice", [_Choose(documents, output, groups, kind, min_similarity)], 1),
     ]
 
 
@@ -351,7 +353,8 @@ class _Compare(PipelineStep):
         pairs = pairs[np.lexsort((pairs["earlier"], pairs["later"]))]
         pairs = self._closest(pairs[_begins(pairs[1:] != pairs[:-1], len(pairs))])
         similar = np.empty(len(pairs), _SIMILAR)
-        for number, (later, earlier) in enumerate(pairs.tolist()):
+        for number in range(len(pairs)):
+            later, earlier = pairs[number].item()
             orders = sorted(shingles.order(place) for place in (later, earlier))
             similar[number] = (orders[1], orders[0], shingles.similarity(later, earlier))
         _write(self.output / "similar" / f"{rank:05d}.npy", similar)
@@ -513,7 +516,8 @@ def _begins(changes: np.ndarray, count: int) -> np.ndarray:
 def _split(keys: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The values of each run of equal keys."""
     starts = np.flatnonzero(_begins(keys[1:] != keys[:-1], len(keys)))
-    yield from zip(keys[starts].tolist(), np.split(values, starts[1:]), strict=len(keys) > 0)
+    for start, stop in itertools.pairwise(np.append(starts, len(keys))):
+        yield int(keys[start]), values[start:stop]
 
 
 @contextlib.contextmanager
