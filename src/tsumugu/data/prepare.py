@@ -160,10 +160,10 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _check_fields(config: PrepareConfig) -> None:
     for index, source in enumerate(config.sources):
-        if unknown := set(source.fields) - set(instructions.FIELDS):
+        if unknown := set(source.fields) - {"instruction", "input", "output"}:
             raise UserError(
                 f"prepare.sources[{index}].fields has {', '.join(sorted(unknown))}",
-                f"its keys are {', '.join(instructions.FIELDS)}, its values the names of columns",
+                "its keys are instruction, input, output, its values the names of columns",
             )
 
 
@@ -242,11 +242,12 @@ class _Read(PipelineStep):
 
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         source, before = self.tasks[rank].source, 0
-        columns = {"text": source.text}
         if source.kind == "instructions":
-            columns = {field: source.fields.get(field, field) for field in instructions.FIELDS}
+            columns = {field: source.fields.get(field, field) for field in ("instruction", "input", "output")}
+        else:
+            columns = {"text": source.text or corpus.find_text_column(self.tasks[rank].pieces)}
         for piece in self.tasks[rank].pieces:
-            for record in corpus.read_records(piece, list(columns.values())):
+            for record in corpus.records([piece], list(columns.values())):
                 values = {
                     field: corpus.column_of(record, column)
                     for field, column in columns.items()
@@ -316,9 +317,9 @@ class _Encode(PipelineStep):
             if empty := [field for field in ("instruction", "output") if not record[field]]:
                 results.append(f"empty {empty[0]}")
                 continue
-            prompt = template.prompt(record["instruction"], record.get("input", ""))
-            example = instructions.encode_example(
-                prompt, record["output"], encode, self.before, self.eos_id, self.config.train_on
+            messages = instructions.messages_of(record, {})
+            (example,) = instructions.encode_conversations(
+                [messages], template, encode, self.before, self.eos_id, self.config.train_on
             )
             too_long = self.config.max_length is not None and len(example[0]) > self.config.max_length
             results.append("longer than prepare.max_length" if too_long else example)
