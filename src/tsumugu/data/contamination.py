@@ -133,8 +133,7 @@ class Contamination:
 
     def _records(self) -> Iterator[tuple[int, corpus.Record]]:
         for number, file in enumerate(self._files):
-            for piece in corpus.plan([file]):
-                yield from ((number, record) for record in corpus.read_records(piece))
+            yield from ((number, record) for record in corpus.records(corpus.plan([file])))
 
     def _coverage(self, records: list[tuple[int, str, set[str]]], checked: set[int]) -> list[Coverage]:
         unchecked: list[list[str]] = [[] for _ in self._files]

@@ -130,10 +130,10 @@ def _kind(path: str) -> str | None:
 # --- in which pieces -------------------------------------------------------------------------------------------------
 
 
-def plan(files: Iterable[str]) -> list[Piece]:
+def plan(files: Iterable[str], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
     """Cuts files into pieces, by their kinds, sizes and number alone.
 
-    .jsonl, .parquet and local .arrow are cut into ranges of PIECE_BYTES. Compressed files are cut into at most
+    .jsonl, .parquet and local .arrow are cut into ranges of `piece_bytes`. Compressed files are cut into at most
     MOST_COMPRESSED_PIECES of COMPRESSED_PIECE_BYTES or more, as long as there are fewer than ENOUGH_PIECES files. Every
     other file is one piece.
 
@@ -152,7 +152,7 @@ def plan(files: Iterable[str]) -> list[Piece]:
                 'make it a .jsonl file, {"text": ...} a line for each document',
             )
         if kind in (".jsonl", ".parquet") or (kind == ".arrow" and not storage.is_remote(file)):
-            step = PIECE_BYTES
+            step = piece_bytes
         elif _codec(file):
             most = min(MOST_COMPRESSED_PIECES, math.ceil(ENOUGH_PIECES / len(files)))
             step = max(math.ceil(size / most), COMPRESSED_PIECE_BYTES)

@@ -20,7 +20,6 @@ import bisect
 import contextlib
 import functools
 import itertools
-import json
 import math
 import shutil
 from collections import OrderedDict
@@ -33,6 +32,7 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
 from datatrove.utils.hashing import HashConfig
 
+from tsumugu.data import instructions
 from tsumugu.data.documents import Documents
 from tsumugu.data.shingles import letters, windows
 
@@ -193,7 +193,9 @@ def near_stages(
 
 def compared_text(content: str, kind: Kind) -> str:
     """What is compared of a document: its text, or the contents of its messages."""
-    return content if kind == "text" else "\n".join(message["content"] for message in json.loads(content))
+    if kind == "text":
+        return content
+    return "\n".join(text for m in instructions.from_json(content) for text in (m.content, m.input) if text)
 
 
 class _Signatures(PipelineStep):

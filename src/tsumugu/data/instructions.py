@@ -26,6 +26,10 @@ _ROLES = {
 }
 
 
+class UnusableError(UserError):
+    """A conversation that can be read but teaches nothing, such as one without a reply; one message for each reason."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
@@ -75,8 +79,8 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
 
     Raises:
         UserError: What is wrong with the record, without its place. What many records of a corpus have (`empty reply`,
-            `empty question`, `the last turn is not the assistant's`, `the turns do not alternate`) has one message, to
-            be counted.
+            `empty question`, `the last turn is not the assistant's`, `the turns do not alternate`) is an
+            UnusableError, to be counted.
     """
     form = _form_of(values, fields)
     if form in (("messages",), ("conversations",)):
@@ -150,15 +154,15 @@ def _turns(turns: object, column: str, role_name: str, content_name: str) -> lis
 def _check_turns(messages: list[Message]) -> None:
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
-        raise UserError("no turns", "give a question and a reply")
+        raise UnusableError("no turns", "give a question and a reply")
     if turns[-1].role != "assistant":
-        raise UserError("the last turn is not the assistant's", "remove what follows the last reply")
+        raise UnusableError("the last turn is not the assistant's", "remove what follows the last reply")
     if [turn.role for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
         hint = "after an optional system message, user and assistant take turns, and user begins"
-        raise UserError("the turns do not alternate", hint)
+        raise UnusableError("the turns do not alternate", hint)
     for turn in turns:
         if not turn.content:
-            raise UserError("empty reply" if turn.role == "assistant" else "empty question")
+            raise UnusableError("empty reply" if turn.role == "assistant" else "empty question")
 
 
 def to_json(messages: Sequence[Message]) -> str:

@@ -58,7 +58,7 @@ def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
             one = Task(source, task.columns, [piece])
             before: list[str] = []
             read = _remember(islice(Read([one], config).run(), -(-documents // len(places))), before)
-            for text, document in zip(before, Clean([one], config).run(read), strict=False):
+            for document, text in zip(Clean([one], config).run(read), before, strict=False):  # fills `before` first
                 _count(found, text, document)
         result.append(found)
     return result
