@@ -21,6 +21,7 @@ import tsumugu
 from tsumugu.data import dedup
 from tsumugu.data.dedup import Stage, compared_text, exact_stage, near_stages, read_removed
 from tsumugu.data.documents import DocumentWriter
+from tsumugu.data.instructions import Message, to_json
 
 logger.disable("datatrove")
 
@@ -211,7 +212,7 @@ def test_validation_stays_before_training(tmp_path: Path, texts: list[str]):
 
 def test_instructions_are_compared_by_the_contents_of_their_messages(tmp_path: Path, texts: list[str]):
     def conversation(content: str, role: str) -> str:
-        return json.dumps([{"role": role, "content": content[:300]}, {"role": "assistant", "content": content[300:]}])
+        return to_json([Message(role, content[:300]), Message("assistant", content[300:])])
 
     assert compared_text(conversation("あ" * 300 + "い", "user"), "instructions") == "あ" * 300 + "\nい"
     shards = training(

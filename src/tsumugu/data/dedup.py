@@ -97,7 +97,8 @@ def exact_stage(documents: Path, output: Path, modes: list[Mode], input_bytes: i
     """Finds equal documents.
 
     Of shards with mode exact or near, all documents but the first of equal ones are removed. Of every shard, also of
-    mode none, a training document goes if a document for validation, of whatever shard, equals it.
+    mode none, a training document goes if a document for validation, of whatever shard, equals it (of conversations: if
+    the question does).
 
     A task takes a part of all keys, and some 100 bytes for each document in it: 200 MB for 2 million documents, which
     is what 1 GiB of input holds at 500 bytes a document.
@@ -122,33 +123,41 @@ class _Exact(PipelineStep):
         self.modes = modes
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        shards = [self._shard(task, rank, world_size) for task in range(len(self.modes))]
+        removed = np.concatenate([self._validated(rank, world_size), self._repeated(rank, world_size)])
+        _, first = np.unique(removed[["task", "document"]], return_index=True)
+        _write(self.output / f"{rank:05d}.npy", removed[first])
+
+    def _validated(self, part: int, parts: int) -> np.ndarray:
+        """Training documents whose split key is that of a document for validation."""
+        orders, starts = self._groups("split_key", part, parts)
+        training = orders >= _TRAINING
+        removed = np.flatnonzero(training & ~training[starts])  # in its order, validation comes first
+        return _as_removed(orders[removed], orders[starts[removed]], 1.0)
+
+    def _repeated(self, part: int, parts: int) -> np.ndarray:
+        """Documents to be compared that equal an earlier one of these."""
+        orders, starts = self._groups("key", part, parts)
+        compared = (np.array(self.modes) != "none")[_task(orders)]
+        first = np.full(len(orders), len(orders))
+        np.minimum.at(first, starts[compared], np.flatnonzero(compared))
+        first = first[starts]  # of those to be compared, the first of each group
+        removed = np.flatnonzero(compared & (np.arange(len(orders)) != first))
+        return _as_removed(orders[removed], orders[first[removed]], 1.0)
+
+    def _groups(self, key: str, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents with equal keys one after another, in their order, and where the group of each begins."""
+        shards = [self._shard(key, task, part, parts) for task in range(len(self.modes))]
         keys, orders = (np.concatenate(column) for column in zip(*shards, strict=True))
-        del shards
         by_key = np.lexsort((orders, keys[:, 1], keys[:, 0]))
         keys, orders = keys[by_key], orders[by_key]
-        first = _begins((keys[1:] != keys[:-1]).any(1), len(keys))  # of equal ones
-        alone = first & np.append(first, True)[1:]
-        _write(self.output / f"{rank:05d}.npy", self._removed(orders[~alone], first[~alone]))
+        begins = _begins((keys[1:] != keys[:-1]).any(1), len(keys))
+        return orders, np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))
 
-    def _shard(self, task: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    def _shard(self, key: str, task: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and orders of the documents of a shard whose keys are in this part."""
         rows = Documents(self.documents / f"{task:05d}").rows
-        mine = np.flatnonzero(rows["key"][:, 0] % np.uint64(parts) == part)
-        return rows["key"][mine], _orders(task, mine, rows["validation"][mine])
-
-    def _removed(self, orders: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """What goes, of groups of equal documents in their order; `first` is true where a group begins."""
-        if len(orders) == 0:
-            return np.empty(0, REMOVED)
-        group, starts, number = np.cumsum(first) - 1, np.flatnonzero(first), np.arange(len(orders))
-        compared = (np.array(self.modes) != "none")[_task(orders)]
-        first_compared = np.minimum.reduceat(np.where(compared, number, len(orders)), starts)[group]
-        training = orders >= _TRAINING
-        validated = training & ~training[starts][group]  # in its order, a group with validation begins with it
-        removed = np.flatnonzero(validated | (compared & (number != first_compared)))
-        kept = np.where(validated, starts[group], first_compared)[removed]
-        return _as_removed(orders[removed], orders[kept], 1.0)
+        mine = np.flatnonzero(rows[key][:, 0] % np.uint64(parts) == part)
+        return rows[key][mine], _orders(task, mine, rows["validation"][mine])
 
 
 def near_stages(

@@ -3,12 +3,14 @@
 Only reading, cleaning and the check for contamination are tried; what deduplication removes shows in the store alone.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from datatrove.data import Document
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -100,14 +102,18 @@ def show(previews: list[SourcePreview], console: Console) -> None:
         share = found.kept / found.documents if found.documents else 0
         console.print(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", style="bold")
         if found.dropped:
-            table = Table("dropped for", "documents", "share", "where", "text")
+            table = Table(box=SIMPLE)
+            for header in ("dropped for", "documents", "share", "where"):
+                table.add_column(header, no_wrap=True)
+            table.add_column("text", no_wrap=True, overflow="ellipsis")
             for reason, count in found.dropped.most_common():
                 for number, (place, text) in enumerate(found.examples[reason]):
                     first = (reason, f"{count:,}", f"{count / found.documents:.1%}") if number == 0 else ("", "", "")
-                    table.add_row(*first, place, _short(text))
+                    table.add_row(*first, os.path.basename(place), _short(text))
             console.print(table)
         if found.changed:
-            table = Table("changed lines, before", "after", title=f"{found.changed:,} documents are changed")
+            console.print(f"{found.changed:,} of them are changed")
+            table = Table("before", "after", box=SIMPLE)
             for before, after in found.changes:
                 table.add_row(*_around_change(before, after))
             console.print(table)

@@ -245,7 +245,8 @@ class Keep(PipelineStep):
         writer = DocumentWriter(_documents_prefix(self.config, rank))
         for documents in _batches(data):
             for document in _wanted(documents, tally):
-                writer.add(document.text, document.id, document.metadata["validation"])
+                key = split_key(document.text, self.config.kind)
+                writer.add(document.text, document.id, document.metadata["validation"], key)
             progress.show(documents[-1].metadata["at"])
         writer.close()
         tally.close()
