@@ -165,10 +165,11 @@ def test_batches_are_as_single_documents():
     assert cleaner(texts) == [cleaner([text])[0] for text in texts]
 
 
-def test_masking_comes_after_the_rules_and_touches_what_is_kept():
+def test_masking_comes_after_the_rules():
     text = prose() + "\n電話０３-1234-5678とa@example.com"
     assert clean(text, mask=["phone", "email"]).text == prose() + "\n電話<phone>と<email>"
     assert clean(text, mask=["email"]).text == prose() + "\n電話03-1234-5678と<email>"
+    assert clean("a@example.com", mask=["email"]) == ("<email>", "min_letters")
     assert clean("a@example.com", "code", rules="normalize", mask=["email"]).text == "<email>"
 
 
