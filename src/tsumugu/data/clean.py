@@ -23,7 +23,7 @@ from tsumugu.errors import UserError
 
 
 class Cleaned(NamedTuple):
-    """What became of a document: its cleaned text, and the reason why it is dropped, else None."""
+    """What became of a document: its text, mended and masked, and the reason why it is dropped, else None."""
 
     text: str
     dropped: str | None
@@ -75,7 +75,7 @@ class Cleaner:
                 if share > self._rules.max_ng_words:
                     dropped[index] = "max_ng_words"
         for mask in self._masks:
-            cleaned = [mask(text) if reason is None else text for text, reason in zip(cleaned, dropped, strict=True)]
+            cleaned = [mask(text) for text in cleaned]  # what is dropped may be kept to be looked at
         if self._hojichar:
             for index, reason in enumerate(dropped):
                 if reason is None:

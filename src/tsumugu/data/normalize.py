@@ -1,6 +1,10 @@
 """Normalisation: characters that stand for others become those, and control characters go.
 
 Selective, unlike Unicode's NFKC, which turns 10² into 102 and ㍿ into 株式会社. Each mapping is a key of `CleanConfig`.
+
+What stays, because it means something or because nothing tells what was meant: Japanese punctuation （）！？：；［］,
+U+3000, waves and dashes (〜 ～ − ‐ – — ―), ￥, circled and squared characters, superscripts, variation selectors,
+joiners (emoji and many scripts need them), private-use characters.
 """
 
 import functools
