@@ -196,6 +196,15 @@ class PrepareConfig:
         if not 0.3 <= self.min_similarity <= 1:
             raise UserError(f"prepare.min_similarity is {self.min_similarity}", "use a similarity from 0.3 to 1")
         for index, source in enumerate(self.sources):
+            try:
+                rules = self.clean_of(source).rules
+            except UserError as error:
+                raise UserError(f"prepare.sources[{index}].{error.message}", error.hint) from None
+            if source.kind == "instructions" and rules == "swallow":
+                raise UserError(
+                    f"prepare.sources[{index}]: clean.rules is swallow, which measures documents, for instructions",
+                    "set it to normalize or none",
+                )
             share = source.validation_share
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"prepare.sources[{index}].validation_share is {share}", "use a share from 0 to 1")

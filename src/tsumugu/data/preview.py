@@ -17,6 +17,7 @@ from rich.table import Table
 from tsumugu.config import PrepareConfig
 from tsumugu.data import corpus
 from tsumugu.data.prepare import plan
+from tsumugu.data.quality import measures
 from tsumugu.data.steps import Clean, Read, Task
 
 _PLACES = 16  # places of a source that the sample is taken from
@@ -30,7 +31,7 @@ class SourcePreview:
 
     Attributes:
         dropped: Counts by reason (also of records that cannot be read).
-        examples: Some documents by reason: (place, text).
+        examples: Some documents by reason: (place, text, what the rule measured, where it measures).
         changed: Documents that stay and are changed.
         changes: Some of their changed lines: (before, after).
     """
@@ -39,7 +40,7 @@ class SourcePreview:
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    examples: dict[str, list[tuple[str, str, float | None]]] = field(default_factory=dict)
     changed: int = 0
     changes: list[tuple[str, str]] = field(default_factory=list)
 
@@ -85,7 +86,7 @@ def _count(found: SourcePreview, before: str, document: Document) -> None:
         found.dropped[reason] += 1
         examples = found.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append((document.id, document.text))
+            examples.append((document.id, document.text, _measured(reason, document.text)))
         return
     found.kept += 1
     if document.text != before:
@@ -96,6 +97,13 @@ def _count(found: SourcePreview, before: str, document: Document) -> None:
             found.changes.append(changed)
 
 
+def _measured(reason: str, text: str) -> float | None:
+    """The value for which a quality rule drops a text; its reason is min_MEASURE or max_MEASURE."""
+    values = measures([text])
+    name = reason.removeprefix("min_").removeprefix("max_")
+    return float(values[name][0]) if name in values else None
+
+
 def show(previews: list[SourcePreview], console: Console) -> None:
     """Prints tables of what `preview` found."""
     for found in previews:
@@ -103,13 +111,14 @@ def show(previews: list[SourcePreview], console: Console) -> None:
         console.print(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", style="bold")
         if found.dropped:
             table = Table(box=SIMPLE)
-            for header in ("dropped for", "documents", "share", "where"):
+            for header in ("dropped for", "documents", "share", "measured", "where"):
                 table.add_column(header, no_wrap=True)
             table.add_column("text", no_wrap=True, overflow="ellipsis")
             for reason, count in found.dropped.most_common():
-                for number, (place, text) in enumerate(found.examples[reason]):
+                for number, (place, text, value) in enumerate(found.examples[reason]):
                     first = (reason, f"{count:,}", f"{count / found.documents:.1%}") if number == 0 else ("", "", "")
-                    table.add_row(*first, os.path.basename(place), _short(text))
+                    measured = "" if value is None else f"{value:.3g}"
+                    table.add_row(*first, measured, os.path.basename(place), _short(text))
             console.print(table)
         if found.changed:
             console.print(f"{found.changed:,} of them are changed")
