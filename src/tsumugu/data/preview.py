@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from datatrove.data import Document
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from tsumugu.config import PrepareConfig
 from tsumugu.data import corpus
@@ -105,29 +103,26 @@ def _measured(reason: str, text: str) -> float | None:
 
 
 def show(previews: list[SourcePreview], console: Console) -> None:
-    """Prints tables of what `preview` found."""
+    """Prints what `preview` found."""
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, no_wrap=True, overflow="ellipsis")
+
     for found in previews:
         share = found.kept / found.documents if found.documents else 0
-        console.print(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", style="bold")
-        if found.dropped:
-            table = Table(box=SIMPLE)
-            for header in ("dropped for", "documents", "share", "measured", "where"):
-                table.add_column(header, no_wrap=True)
-            table.add_column("text", no_wrap=True, overflow="ellipsis")
-            for reason, count in found.dropped.most_common():
-                for number, (place, text, value) in enumerate(found.examples[reason]):
-                    first = (reason, f"{count:,}", f"{count / found.documents:.1%}") if number == 0 else ("", "", "")
-                    measured = "" if value is None else f"{value:.3g}"
-                    table.add_row(*first, measured, os.path.basename(place), _short(text))
-            console.print(table)
+        line(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", "bold")
+        for reason, count in found.dropped.most_common():
+            line(f"  {reason}: {count:,} dropped ({count / found.documents:.1%}), such as")
+            for place, text, value in found.examples[reason]:
+                measured = "" if value is None else f" ({value:.3g})"
+                line(f"    {os.path.basename(place)}{measured}: {_short(text)}")
         if found.changed:
-            console.print(f"{found.changed:,} of them are changed")
-            table = Table("before", "after", box=SIMPLE)
-            for before, after in found.changes:
-                table.add_row(*_around_change(before, after))
-            console.print(table)
+            line(f"  {found.changed:,} of them are changed, such as")
+        for before, after in found.changes:
+            for sign, text in zip("-+", _around_change(before, after), strict=True):
+                line(f"    {sign} {text}")
         if found.documents and share < 0.5:
-            console.print(f"{found.name}: over half of it would be dropped", style="yellow")
+            line(f"  over half of {found.name} would be dropped", "yellow")
 
 
 def _around_change(before: str, after: str) -> tuple[str, str]:
