@@ -8,10 +8,9 @@ character with that probability, and then, with equal probabilities, replaced by
 another one), and ones with other punctuation and line breaks. Others are drawn from the corpus as they are frequent.
 
 A copy is found if it is removed; copies of originals that go themselves, since the corpus repeats them, are not
-counted. A false positive is a removed document whose true Jaccard
-similarity with the one that it was removed for, computed here from Python sets of 5-grams, is below the wanted one.
-Stages run in one process, so that MB/s, of UTF-8 in all documents, are those of one core; work that depends on the
-number of collisions is the comparison and the choice.
+counted. A false positive is a removed document whose true Jaccard similarity with the one that it was removed for,
+computed here from Python sets of 5-grams, is below the wanted one. Stages run in one process; seconds are of CPU time,
+and MB/s of UTF-8 in all documents.
 """
 
 import argparse
@@ -126,11 +125,11 @@ def jaccard(one: str, other: str) -> float:
 
 
 def run(stage: Stage) -> tuple[str, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     for rank in range(stage.tasks):
         for step in stage.pipeline:
             step.run(None, rank, stage.tasks)
-    return stage.name, time.perf_counter() - start
+    return stage.name, time.process_time() - start
 
 
 def contamination_row(documents: list[str], folder: Path) -> list[str]:
@@ -140,9 +139,9 @@ def contamination_row(documents: list[str], folder: Path) -> list[str]:
     lines = [json.dumps({"question": text[700:760]}, ensure_ascii=False) + "\n" for text in holders]
     benchmark.write_text("".join(lines), encoding="utf-8")
     contamination = Contamination([str(benchmark)])
-    start = time.perf_counter()
+    start = time.process_time()
     found = sum(file is not None for file in contamination.check(documents))
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     size = sum(len(document.encode()) for document in documents)
     return [f"contamination: {found:,} documents hold one of 1,000", f"{seconds:.2f}", f"{size / 1e6 / seconds:.0f}"]
 

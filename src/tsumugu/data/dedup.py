@@ -56,9 +56,9 @@ _MULTIPLIERS = np.random.Generator(np.random.PCG64(1)).integers(0, 2**32, _HASHE
 _GROUPS = 512  # at most; datatrove's bucket stage keeps a file of each open
 _BLOCK = 2**15  # shingles whose hashes stay in the cache
 _COLLISIONS = 2**16  # pairs at a time
-_NEIGHBOURS = 4
-_COMPARED = 32
-_KEEPERS = 8
+_NEIGHBOURS = 4  # nearest and first ones of a run of equal signatures that a document is paired with
+_COMPARED = 32  # candidates of a document
+_KEEPERS = 8  # further documents, behind those of its candidates that were removed
 _OPEN_SHARDS = 64
 _CACHE_BYTES = 128 * 2**20
 _TRAINING = 2**63
@@ -169,6 +169,8 @@ def near_stages(
     of all messages); those with fewer than five are left alone. Two documents of Jaccard similarity s become
     candidates with a probability of 1 - (1 - s**4)**48: 0.84 at 0.44 (every tenth character edited), 0.9999 at 0.65
     (every twentieth). Of its candidates, a document is compared with the 32 that are closest by their 192 hashes.
+
+    A document that the exact stage kept may go here; what was removed as equal to it is then as similar to what stays.
 
     Similarities are exact but for 5-grams with equal 64-bit hashes, about one in 10**13 documents of 1,500 characters.
 

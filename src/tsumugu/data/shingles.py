@@ -30,7 +30,7 @@ def letters(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (characters,) uint32, never 0, and (texts,) int64, where each text ends in it.
     """
-    codes = _table()[np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)]
+    codes = _table()[np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)]
     kept = np.flatnonzero(codes)
     return codes[kept], np.searchsorted(kept, np.cumsum([len(text) for text in texts], dtype=np.int64))
 
