@@ -51,11 +51,10 @@ def _remote_files(path: str, is_known: Callable[[str], bool]) -> list[str]:
             matches = filesystem.glob(name, detail=True) if glob.has_magic(name) else {}
         files = []
         for match, info in sorted(matches.items()):
-            if info["type"] != "directory":
-                files.append(match)
-                continue
-            inside = [file for file in filesystem.find(match) if "/." not in file.removeprefix(match)]
-            files += sorted(file for file in inside if is_known(file))
+            inside = filesystem.find(match) if info["type"] == "directory" else []
+            files += [match] if info["type"] != "directory" else sorted(file for file in inside if is_known(file))
+        if "/." not in name:  # hidden, as for local globs and folders
+            files = [file for file in files if "/." not in file]
     except Exception as error:  # whatever the library of that kind of storage raises
         raise _unreadable(path, error) from None
     if not matches:
@@ -74,7 +73,8 @@ def size_and_mark(path: str) -> tuple[int, Any]:
             return stat.st_size, stat.st_mtime_ns
         filesystem, name = _filesystem(path)
         info = filesystem.info(name)
-        return info["size"], next((str(info[key]) for key in ("ETag", "blob_id", "created") if key in info), None)
+        marks = (str(info[key]).strip('"') for key in ("ETag", "blob_id", "created") if key in info)
+        return info["size"], next(marks, None)
     except UserError:
         raise
     except Exception as error:  # as in _remote_files
