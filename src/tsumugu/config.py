@@ -159,7 +159,7 @@ class PrepareConfig:
     """Normalisation and quality rules."""
     deduplicate: Literal["none", "exact", "near"] = "none"
     """Of equal (near: very similar) documents only the first stays."""
-    min_similarity: float = 0.5
+    min_similarity: float = 0.4
     """near: least Jaccard similarity of character 5-grams at which the later document is removed."""
     contamination: list[str] = field(default_factory=list)
     """Files of benchmarks (as sources' paths); documents that hold a long stretch of one are dropped."""
