@@ -70,6 +70,8 @@ class Mixture:
         length = sum(counts)
         read = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-counts[i], self.names[i]))
         used = np.array([sum(earlier[i] for earlier in self.counts[:stage]) for i in read])
+        if len(read) == 1:
+            return np.full_like(positions, read[0]), used[0] + positions
         blocks, block_of = np.unique(positions // BLOCK, return_inverse=True)
         first = blocks * BLOCK
         last = np.minimum(first + BLOCK, length)

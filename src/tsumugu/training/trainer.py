@@ -128,7 +128,7 @@ class Trainer:
         on_main(self._open_run_folder)
         try:
             self._take_steps(request)
-            on_main(self._report_mixture)
+            self._say_mixture()
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -243,21 +243,25 @@ class Trainer:
             state |= {"rows_by_store": self.rows_by_store, "tokens_by_store": self.tokens_by_store}
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
         on_main(lambda: checkpoint.prune(self.run_dir, self.step, self.config.checkpoint.keep))
+        on_main(self._write_mixture)
 
     def _open_run_folder(self) -> None:
         if self.step == 0:
             _write_origin(self.run_dir, self.model_config, self.data.stores[0])
         configuration.write(self.config, self.run_dir / "config.yaml")
         self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
-        self._report_mixture()
+        self._write_mixture()
+        self._say_mixture()
 
-    def _report_mixture(self) -> None:
-        """What is planned of every store and what was seen, for the terminal and in mixture.json (main process)."""
-        if self.mixed and self.metrics:
+    def _write_mixture(self) -> None:
+        if self.mixed:
             reported = report(self.data.mixture, self.rows_by_store, self.tokens_by_store)
             content = json.dumps(reported, ensure_ascii=False, indent=1)
             (self.run_dir / "mixture.json").write_text(content, encoding="utf-8")
-            self.metrics.say(table(reported))
+
+    def _say_mixture(self) -> None:
+        if self.mixed and self.metrics:
+            self.metrics.say(table(report(self.data.mixture, self.rows_by_store, self.tokens_by_store)))
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
