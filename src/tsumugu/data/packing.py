@@ -31,7 +31,7 @@ class Row:
 
     @property
     def labels(self) -> np.ndarray:
-        labels = self.ids[1:].astype(np.int64)
+        labels = self.ids[1:].copy()
         if self.mask is not None:
             labels[~self.mask[1:]] = IGNORE_INDEX
         return labels

@@ -169,10 +169,11 @@ class Shard:
         if sequences != self.documents:  # Megatron's documents may have several sequences, ours have one
             first, last = (int(place) for place in self._sequence_of_document[index : index + 2])
         if 0 <= first < last <= sequences:
-            ends = [int(self._pointers[place]) if place < sequences else len(self._bin) for place in (first, last)]
-            length = int(self._lengths[first:last].sum(dtype=np.int64))
-            if 0 <= ends[0] <= ends[1] <= len(self._bin) and ends[1] - ends[0] == length * itemsize:
-                return slice(ends[0] // itemsize, ends[1] // itemsize)
+            start, end = int(self._pointers[first]), len(self._bin)
+            stop = int(self._pointers[last]) if last < sequences else end
+            length = int(self._lengths[first]) if last == first + 1 else int(self._lengths[first:last].sum())
+            if 0 <= start <= stop <= end and stop - start == length * itemsize:
+                return slice(start // itemsize, stop // itemsize)
         raise UserError(f"{self.prefix}.idx: documents do not follow one another", "prepare the store again")
 
     def announce(self, part: slice) -> None:
@@ -217,21 +218,22 @@ class Split:
         return self._document_starts[-1]
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Tokens [start, stop) of the stream, in the store's dtype, and their supervision mask (bool) if it has one.
+        """Tokens [start, stop) of the stream as int64, and their supervision mask (bool), None where none is stored.
 
         Raises:
             UserError: A shard that is not what the manifest says.
         """
         ids, masks = [], []
         for shard, part in self._parts(start, stop):  # copies: a view would keep its shard open
-            ids.append(shard.tokens[part].copy())
+            ids.append(shard.tokens[part].astype(np.int64))
             if shard.mask is not None:
                 masks.append(shard.mask[part].copy())
         return _joined(ids), _joined(masks) if masks else None
 
-    def document(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids and supervision mask of one document, as `read` gives them."""
-        return self.read(*self.span(index))
+    def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (tokens,) int64 and supervision mask (tokens,) bool of one document, all ones where none is stored."""
+        ids, mask = self.read(*self.span(index))
+        return ids, np.ones(len(ids), bool) if mask is None else mask
 
     def span(self, index: int) -> tuple[int, int]:
         """Where a document begins and ends in the stream."""
