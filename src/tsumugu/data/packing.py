@@ -31,10 +31,7 @@ class Row:
 
     @property
     def labels(self) -> np.ndarray:
-        labels = self.ids[1:].copy()
-        if self.mask is not None:
-            labels[~self.mask[1:]] = IGNORE_INDEX
-        return labels
+        return self.ids[1:] if self.mask is None else np.where(self.mask[1:], self.ids[1:], IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -121,18 +118,16 @@ class LeftPadded(_Rows):
         """Rows (None = an empty one) as a batch."""
         lengths = _lengths(rows)
         width = max(1, *lengths)
-        shape = (len(rows), width)
-        inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
+        inputs, labels = (np.full((len(rows), width), filler) for filler in (self.pad_id, IGNORE_INDEX))
         # an empty row attends to itself: a row that attends to nothing has no defined softmax
-        attention = np.ones(shape, dtype=np.int64)
+        padding = [width - length if length else 0 for length in lengths]
         for filled, row in enumerate(rows):
             if row is not None and lengths[filled]:
-                padding = width - lengths[filled]
-                inputs[filled, padding:] = row.inputs
-                labels[filled, padding:] = row.labels
-                attention[filled, :padding] = 0
-        positions = np.maximum(attention.cumsum(axis=1) - 1, 0)
-        return Batch(inputs, labels, lengths, attention, positions)
+                inputs[filled, padding[filled] :] = row.inputs
+                labels[filled, padding[filled] :] = row.labels
+        positions = np.arange(width) - np.array(padding)[:, None]
+        attention = (positions >= 0).astype(np.int64)
+        return Batch(inputs, labels, lengths, attention, np.maximum(positions, 0))
 
 
 PACKINGS = {"concatenate": Concatenated, "pad_left": LeftPadded}
