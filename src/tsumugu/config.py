@@ -260,11 +260,41 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixedStore:
+    """One store of a mixture."""
+
+    name: str
+    """Name of the store, in figures and in data.stages."""
+    path: str
+    """The token store made by `tsumugu prepare`."""
+    weight: float | None = None
+    """Its share of the rows, relative to the other weights (one of weight, tokens); 0: in later stages, or never."""
+    tokens: int | None = None
+    """Tokens over the whole run, spread evenly; weights divide the rest."""
+    max_epochs: float | None = None
+    """At most so many passes over it in the whole run; what it may not take goes to the others by weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Other weights from a step on."""
+
+    from_step: int
+    """Steps done when these weights begin to hold: the checkpoint of that step is the last without them."""
+    weights: dict[str, float]
+    """The weight of every store that has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how rows are made of it."""
 
-    store: str
-    """The token store made by `tsumugu prepare`."""
+    store: str | None = None
+    """The token store made by `tsumugu prepare` (one of store, stores)."""
+    stores: list[MixedStore] = field(default_factory=list)
+    """Several token stores, read as a mixture."""
+    stages: list[Stage] = field(default_factory=list)
+    """With data.stores: other weights from a step on, as for annealing or replay."""
     sequence_length: int = 2048
     """Inputs a row; a row reads one token more."""
     packing: Literal["concatenate", "pad_left"] = "concatenate"
@@ -272,6 +302,60 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive("data.sequence_length", self.sequence_length)
+        if self.store is not None and self.stores:
+            raise UserError("data.store and data.stores are set, of which only one may be", "set data.store to null")
+        if self.store is None and not self.stores:
+            raise UserError("neither data.store nor data.stores is set", "name the token store")
+        names = [store.name for store in self.stores]
+        if len(set(names)) < len(names):
+            raise UserError(f"data.stores has the same name twice: {', '.join(names)}", "name each store")
+        for index, store in enumerate(self.stores):
+            self._check_store(f"data.stores[{index}]", store)
+        weights = [store.weight for store in self.stores if store.weight is not None]
+        if weights and not any(weights):
+            raise UserError("no weight of data.stores is above 0", "give a store a weight")
+        if self.stages and not self.stores:
+            raise UserError("data.stages is set without data.stores", "name the stores there")
+        for index, stage in enumerate(self.stages):
+            self._check_stage(f"data.stages[{index}]", stage)
+        steps = [0, *(stage.from_step for stage in self.stages)]
+        for index, (earlier, later) in enumerate(itertools.pairwise(steps)):
+            if later <= earlier:
+                raise UserError(
+                    f"data.stages[{index}].from_step is {later}, not above {earlier}", "list stages in their order"
+                )
+
+    def _check_store(self, key: str, store: MixedStore) -> None:
+        if not re.fullmatch(r"[\w.-]+", store.name):
+            raise UserError(f"{key}.name is {store.name!r}", "use letters, digits, and the signs . _ -")
+        if (store.weight is None) == (store.tokens is None):
+            found = "neither weight nor tokens" if store.weight is None else "weight and tokens"
+            raise UserError(f"{key} ({store.name}) has {found}", "give it one of the two")
+        if store.weight is not None:
+            _require_not_negative(f"{key}.weight", store.weight)
+        _require_positive(f"{key}.tokens", store.tokens)
+        _require_positive(f"{key}.max_epochs", store.max_epochs)
+        if store.tokens is not None and self.packing != "concatenate":
+            raise UserError(
+                f"{key}.tokens counts full rows, data.packing {self.packing} has shorter ones", "give it a weight"
+            )
+
+    def _check_stage(self, key: str, stage: Stage) -> None:
+        weighted = [store.name for store in self.stores if store.weight is not None]
+        for name, weight in stage.weights.items():
+            if name not in weighted:
+                reason = "has tokens" if name in [store.name for store in self.stores] else "is no name in data.stores"
+                raise UserError(f"{key}.weights: {name} {reason}", f"stores with a weight: {', '.join(weighted)}")
+            _require_not_negative(f"{key}.weights.{name}", weight)
+        if missing := [name for name in weighted if name not in stage.weights]:
+            raise UserError(f"{key}.weights lacks {', '.join(missing)}", "name every store with a weight, 0 for none")
+        if not any(stage.weights.values()):
+            raise UserError(f"{key}: no weight is above 0", "give a store a weight")
+
+    @property
+    def entries(self) -> list[MixedStore]:
+        """data.stores, or the one store as such a list."""
+        return [MixedStore(name="store", path=self.store, weight=1)] if self.store is not None else self.stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +484,7 @@ class EvaluateConfig:
     every: int | None = None
     """Steps between validations; one is always done before the first and after the last step."""
     batches: int | None = None
-    """Global batches a validation; default: the whole validation split."""
+    """Global batches a validation (of each store); default: the whole validation split."""
 
     def __post_init__(self):
         _require_positive("evaluate.every", self.every)
@@ -437,6 +521,11 @@ class TrainingRun:
             raise UserError(
                 f"the model must come from one place, but {found} is set",
                 "set one of model.preset, model.pretrained, model.config, train.start_from",
+            )
+        if len(self.data.stores) > 1 and self.train.max_epochs is not None:
+            raise UserError(
+                "train.max_epochs is set with several stores, of which each has its own epochs",
+                "set train.max_steps or train.max_tokens, and max_epochs of data.stores",
             )
         if self.schedule.min_learning_rate > self.optimizer.learning_rate:
             raise UserError("schedule.min_learning_rate is above optimizer.learning_rate", "lower it")
