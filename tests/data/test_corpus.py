@@ -77,6 +77,7 @@ def test_lines_are_read_once_wherever_the_file_is_cut(
     path.write_bytes(content)
     for size in [*range(1, 80), 200, len(content) - 1, len(content), len(content) + 1]:
         monkeypatch.setattr(corpus, "PIECE_BYTES", size)
+        monkeypatch.setattr(corpus, "_BLOCK_BYTES", (7, 64, 2**18)[size % 3])
         pieces = plan([str(path)])
         assert len(pieces) == -(-len(content) // size)
         assert list(texts(pieces, "text")) == TEXTS, size

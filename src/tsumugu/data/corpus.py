@@ -469,6 +469,7 @@ def _open_parquet(file: storage.File) -> Any:
         return pyarrow.parquet.ParquetFile(
             file,  # pyright: ignore[reportArgumentType]
             buffer_size=2**20,
+            pre_buffer=False,
             page_checksum_verification=True,
         )
     except (pyarrow.ArrowException, OSError, ValueError) as error:

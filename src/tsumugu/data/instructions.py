@@ -300,14 +300,13 @@ def encode_conversations(
     encoded = iter(encode([segment.text for segment in chain.from_iterable(rendered)]))
     results = []
     for segments in rendered:
-        ids, mask = list(bos), [train_on == "everything"] * len(bos)
+        parts: list[Sequence[int]] = [bos]
+        flags = [train_on == "everything"]
         for index, (segment, own) in enumerate(zip(segments, islice(encoded, len(segments)), strict=True)):
-            chosen = (
-                segment.reply if train_on == "responses" else train_on == "everything" or index == len(segments) - 1
-            )
-            length = len(ids)
-            ids += own
-            ids += [eos] if segment.reply else []
-            mask += [segment.train and chosen] * (len(ids) - length)
-        results.append((np.array(ids, np.int64), np.array(mask, np.uint8)))
+            last = index == len(segments) - 1
+            chosen = {"responses": segment.reply, "last_response": last, "everything": True}[train_on]
+            parts.append([*own, eos] if segment.reply else own)
+            flags.append(segment.train and chosen)
+        ids = np.array(list(chain.from_iterable(parts)), np.int64)
+        results.append((ids, np.repeat(np.array(flags, np.uint8), [len(part) for part in parts])))
     return results
