@@ -41,14 +41,14 @@ _OWN_TEXT_STEPS = 800
 
 
 def quickstart(
-    work_dir: Path, inputs: list[str] | None, text: str, *, vocab_size: int | None = None, ask: bool = True
+    work_dir: Path, inputs: list[str] | None, text: str | None, *, vocab_size: int | None = None, ask: bool = True
 ) -> int:
     """Text → tokenizer → stores → pretraining → instruction tuning → Hugging Face folder → generated text.
 
     Args:
         work_dir: Folder for everything that is made.
         inputs: The user's own corpus for pretraining; None: the built-in one.
-        text: Its text column.
+        text: Its text column; None: found.
         vocab_size: Default: by the size of the corpus.
         ask: Before a long run on one's own text, say how long it will take and wait for a yes.
 
@@ -105,7 +105,7 @@ def quickstart(
     return 0
 
 
-def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[str, str]:
+def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str | None) -> dict[str, str]:
     """The recipe files in the work folder; those that lie there already stay as they are."""
     sample = resources.files("tsumugu") / "sample"
     for folder in ("corpus", "recipes"):
@@ -123,8 +123,9 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
         if inputs and name == "prepare":
             content = _set(content, "name", "own-text")
             content = _set(content, "path", inputs)
-            content = _set(content, "text", text)
-            content = _set(content, "validation_share", _validation_share(inputs, text))
+            column = text or corpus.find_text_column(corpus.plan(corpus.find_files(inputs)))
+            content = _set(content, "text", column)
+            content = _set(content, "validation_share", _validation_share(inputs, column))
         if inputs and name == "pretrain":
             content = content.replace("max_epochs:", "max_steps:").replace("evaluate:", "evaluate:\n  batches: 50")
             content = _set(content, "max_steps", _OWN_TEXT_STEPS)
