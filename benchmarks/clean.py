@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from tsumugu.config import CleanConfig
-from tsumugu.data.clean import Cleaned, Cleaner
+from tsumugu.data.cleaning.clean import Cleaned, Cleaner
 
 _BATCH = 256
 _CUT = 600

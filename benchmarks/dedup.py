@@ -25,8 +25,8 @@ import numpy as np
 from loguru import logger
 
 from tsumugu.data import corpus
-from tsumugu.data.contamination import Contamination
-from tsumugu.data.dedup import Stage, exact_stage, near_stages, read_removed
+from tsumugu.data.comparison.contamination import Contamination
+from tsumugu.data.comparison.dedup import Stage, exact_stage, near_stages, read_removed
 from tsumugu.data.documents import DocumentWriter
 
 _CHARACTERS = 1500

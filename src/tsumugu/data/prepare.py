@@ -26,8 +26,9 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, dedup, instructions, store
-from tsumugu.data.clean import Cleaner
+from tsumugu.data import corpus, instructions, store
+from tsumugu.data.cleaning.clean import Cleaner
+from tsumugu.data.comparison import dedup
 from tsumugu.data.executor import Stage, run_local, run_ray, run_slurm
 from tsumugu.data.steps import (
     DOCUMENTS,

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from tsumugu.config import PrepareConfig
 from tsumugu.data import corpus
+from tsumugu.data.cleaning.quality import measures
 from tsumugu.data.prepare import plan
-from tsumugu.data.quality import measures
 from tsumugu.data.steps import Clean, Read, Task
 
 _PLACES = 16  # places of a source that the sample is taken from

@@ -19,9 +19,10 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, dedup, instructions, store
-from tsumugu.data.clean import Cleaner
-from tsumugu.data.contamination import Contamination
+from tsumugu.data import corpus, instructions, store
+from tsumugu.data.cleaning.clean import Cleaner
+from tsumugu.data.comparison import dedup
+from tsumugu.data.comparison.contamination import Contamination
 from tsumugu.data.documents import Documents, DocumentWriter
 from tsumugu.data.executor import Progress
 from tsumugu.errors import UserError

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from support.data import SHARED
 
 import tsumugu
-from tsumugu.data.mojibake import mend
+from tsumugu.data.cleaning.mojibake import mend
 
 SAMPLE = Path(tsumugu.__file__).parent / "sample"
-SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 TEXT = (
     "吾輩は猫である。名前はまだ無い。\nどこで生れたかとんと見当がつかぬ。何でも薄暗いじめじめした所で"
     "ニャーニャー泣いていた事だけは記憶している。\n\nABC 123（第一章）\n"

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from tsumugu.config import CleanConfig
-from tsumugu.data.code_points import CODE_POINTS, codes_of, joined
-from tsumugu.data.mojibake import WINDOWS_CONTROLS, mend, suspects
+from tsumugu.data.cleaning.code_points import CODE_POINTS, codes_of, joined
+from tsumugu.data.cleaning.mojibake import WINDOWS_CONTROLS, mend, suspects
 
 Language = Literal["ja", "en", "code"]
 

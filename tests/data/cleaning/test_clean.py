@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data import AOZORA
 
 import tsumugu
 from tsumugu.config import CleanConfig, PrepareConfig, Source, SourceCleanConfig
-from tsumugu.data.clean import Cleaned, Cleaner
-from tsumugu.data.quality import measures
+from tsumugu.data.cleaning.clean import Cleaned, Cleaner
+from tsumugu.data.cleaning.quality import measures
 from tsumugu.errors import UserError
 
 SAMPLE = Path(tsumugu.__file__).parent / "sample"
-AOZORA = Path(__file__).resolve().parents[3] / "shared/data/aozora-public-domain.jsonl.gz"
 
 # Swallow Corpus v1: what a document must fulfil (Okazaki et al. 2024 and the published code).
 SWALLOW = {

@@ -33,8 +33,8 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupBuckets
 from datatrove.utils.hashing import HashConfig
 
 from tsumugu.data import instructions
+from tsumugu.data.comparison.shingles import letters, windows
 from tsumugu.data.documents import Documents
-from tsumugu.data.shingles import letters, windows
 
 Mode = Literal["none", "exact", "near"]
 Kind = Literal["text", "instructions"]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsumugu.data import corpus
-from tsumugu.data.shingles import letters, windows
+from tsumugu.data.comparison.shingles import letters, windows
 
 _WIDE = 0x2E80  # first of the code points of kana, kanji and hangul
 _FORM_SHARE = 0.5

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from tsumugu.config import CleanConfig
-from tsumugu.data.normalize import Language, Normalizer
+from tsumugu.data.cleaning.normalize import Language, Normalizer
 
 # CJK compatibility ideographs that are unified ideographs in truth (Unicode standard, chapter 18, U+FA0E and so on).
 TWELVE = "﨎﨏﨑﨓﨔﨟﨡﨣﨤﨧﨨﨩"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tsumugu.data.code_points import CODE_POINTS, blocks, codes_of
+from tsumugu.data.cleaning.code_points import CODE_POINTS, blocks, codes_of
 
 
 def measures(texts: Sequence[str]) -> dict[str, np.ndarray]:

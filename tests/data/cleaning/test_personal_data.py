@@ -2,13 +2,11 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import pytest
+from support.data import AOZORA
 
-from tsumugu.data.personal_data import MASKS
-
-AOZORA = Path(__file__).resolve().parents[3] / "shared/data/aozora-public-domain.jsonl.gz"
+from tsumugu.data.cleaning.personal_data import MASKS
 
 
 def mask_all(text: str) -> str:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tsumugu.config import CleanConfig
-from tsumugu.data.code_points import CODE_POINTS, blocks, codes_of, joined
-from tsumugu.data.normalize import Language, Normalizer
-from tsumugu.data.personal_data import MASKS
-from tsumugu.data.quality import NGRAM_SIZES, character_measures, ngram_measures, ngram_name, sentence_measures
+from tsumugu.data.cleaning.code_points import CODE_POINTS, blocks, codes_of, joined
+from tsumugu.data.cleaning.normalize import Language, Normalizer
+from tsumugu.data.cleaning.personal_data import MASKS
+from tsumugu.data.cleaning.quality import NGRAM_SIZES, character_measures, ngram_measures, ngram_name, sentence_measures
 from tsumugu.errors import UserError
 
 

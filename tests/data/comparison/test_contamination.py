@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tsumugu.data.contamination import Contamination
+from tsumugu.data.comparison.contamination import Contamination
 
 QUESTIONS = [
     "手塚治虫が医学博士の学位を受けた大学のある都市のうち、日本で二番目に古い市電が走っていたのはどこですか。",

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.data import AOZORA
 
 import tsumugu
 from tsumugu.data import code_points
-from tsumugu.data.quality import character_measures, measures
+from tsumugu.data.cleaning.quality import character_measures, measures
 
 SAMPLE = Path(tsumugu.__file__).parent / "sample"
-AOZORA = Path(__file__).resolve().parents[3] / "shared/data/aozora-public-domain.jsonl.gz"
 END_MARKS = "。．！？!?"
 
 

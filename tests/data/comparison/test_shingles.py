@@ -6,7 +6,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from tsumugu.data.shingles import letters, windows
+from tsumugu.data.comparison.shingles import letters, windows
 
 TEXTS = [
     "",

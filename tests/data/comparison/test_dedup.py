@@ -18,8 +18,8 @@ from datatrove.utils.hashing import HashConfig
 from loguru import logger
 
 import tsumugu
-from tsumugu.data import dedup
-from tsumugu.data.dedup import Stage, compared_text, exact_stage, near_stages, read_removed
+from tsumugu.data.comparison import dedup
+from tsumugu.data.comparison.dedup import Stage, compared_text, exact_stage, near_stages, read_removed
 from tsumugu.data.documents import DocumentWriter
 from tsumugu.data.instructions import Message, to_json
 
