@@ -12,7 +12,7 @@ import pytest
 from support.data import AOZORA
 
 import tsumugu
-from tsumugu.data import code_points
+from tsumugu.data.cleaning import code_points
 from tsumugu.data.cleaning.quality import character_measures, measures
 
 SAMPLE = Path(tsumugu.__file__).parent / "sample"
