@@ -101,6 +101,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     prepare.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     prepare.add_argument("--output", metavar="DIR", help="in place of prepare.output")
     prepare.add_argument("--verify", action="store_true", help="compare a finished store with its hashes")
+    prepare.add_argument(
+        "--preview",
+        type=_whole(1),
+        metavar="N",
+        help="show what would be done to N documents of each source",
+    )
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     train = command(
@@ -201,7 +207,7 @@ def _train_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
 
 def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu import config
-    from tsumugu.data.prepare import describe, prepare
+    from tsumugu.data.prepare import describe, prepare, warnings
     from tsumugu.data.store import verify
 
     if options.output:
@@ -212,7 +218,19 @@ def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
         verify(Path(output))
         print(f"{output}: every file is what was written")
         return 0
+    if options.preview:
+        from rich.console import Console
+
+        from tsumugu.data.preview import preview, show
+
+        show(preview(preparation.prepare, options.preview), Console(highlight=False))
+        return 0
     manifest = prepare(preparation.prepare)
+    if "submitted" in manifest:
+        print(f"{output}: {manifest['submitted']}")
+        return 0
+    for line in warnings(manifest):
+        print(f"tsumugu: warning: {line}", file=sys.stderr)
     print(f"{output}: {'already done: ' if manifest.get('already_done') else ''}{describe(manifest)}")
     return 0
 

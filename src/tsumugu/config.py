@@ -96,13 +96,13 @@ class Source:
     name: str
     """Name of the source, in manifests and figures."""
     path: str | list[str]
-    """Files, folders or globs, local, s3:// or hf://datasets/NAME/..., of .txt (a document a file), .jsonl, .parquet."""
+    """Files, folders or globs, local, s3:// or hf://datasets/NAME/: .txt (a document a file), .jsonl, .parquet."""
     kind: Literal["text", "instructions"] = "text"
     """text: documents. instructions: questions and answers, or conversations."""
     text: str | None = None
     """The column that holds the text; default: found, where there is one candidate."""
     fields: dict[str, str] = field(default_factory=dict)
-    """For instructions: our field name (instruction, input, output, prompt, response, messages, ...) to the column's."""
+    """For instructions: our name of a field (instruction, output, messages, ...) to the column that holds it."""
     language: Literal["ja", "en", "code"] = "ja"
     """Language of the source: rules of Japanese touch ja only."""
     clean: SourceCleanConfig = field(default_factory=SourceCleanConfig)  # pyright: ignore[reportInvalidTypeForm]
