@@ -4,7 +4,7 @@
     python benchmarks/prepare.py --input FILE.jsonl.gz --json     # the same figures as JSON
 
 Linux only. Beside tsumugu it needs `pip install datasets orjson megatron-core`, and says which of them is missing.
-Everything is written below --work-dir, some 15 times --megabytes at most, and removed at the end.
+Everything is written below --work-dir, some five times --megabytes at most, and removed at the end.
 
 The corpus is made of the input so that a small one fills --megabytes of text without deduplication emptying it.
 Documents are cut at line ends after DOCUMENT_CHARACTERS, about a page of the web (novels as a whole would all fall to
@@ -142,6 +142,12 @@ class Run(Cost):
         return self.text_bytes / self.seconds / 1e6
 
     @property
+    def speed_of_a_core(self) -> float:
+        """MB of text a second of CPU, without start: what a machine that is busy with other things changes least."""
+        assert self.start is not None
+        return self.text_bytes / (self.cpu_seconds - self.start.cpu_seconds) / 1e6
+
+    @property
     def speed_without_start(self) -> float:
         assert self.start is not None
         return self.text_bytes / (self.seconds - self.start.seconds) / 1e6
@@ -152,9 +158,9 @@ def main() -> None:
     parser.add_argument("--input", type=Path, default=_AOZORA, help=".jsonl or .jsonl.gz (default: %(default)s)")
     parser.add_argument("--text", default="text", metavar="COLUMN", help="its text column (default: text)")
     parser.add_argument(
-        "--tokenizer", type=Path, help="a folder, or a .model to import (default: 32,000 ids trained on the corpus)"
+        "--tokenizer", type=Path, help="made by tsumugu, or to import (default: 32,000 ids trained on the corpus)"
     )
-    parser.add_argument("--megabytes", type=float, default=320, help="of text in the corpus (default: 320)")
+    parser.add_argument("--megabytes", type=float, default=1000, help="of text in the corpus (default: 1000)")
     parser.add_argument("--baseline-megabytes", type=float, default=60, help="of it for the baselines (default: 60)")
     parser.add_argument("--processes", type=int, default=2, help="and cores (default: 2)")
     parser.add_argument("--repeat", type=int, default=1, help="runs of each command; the fastest counts (default: 1)")
@@ -183,7 +189,7 @@ def measure_all(options: argparse.Namespace, work: Path) -> dict:
     This process stays small, and what needs memory runs apart: a command inherits the peak of the process that starts
     it.
     """
-    load_average = os.getloadavg()[0]
+    load_before = os.getloadavg()[0]
     corpora = apart(
         write_corpora,
         options.input,
@@ -216,7 +222,8 @@ def measure_all(options: argparse.Namespace, work: Path) -> dict:
         "machine": {
             "processor": processor(),
             "cores": options.processes,
-            "load_average_before": round(load_average, 2),
+            "load average before": round(load_before, 2),
+            "after": round(os.getloadavg()[0], 2),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("tokenizers", "datatrove", *_PACKAGES.values())},
         },
@@ -326,11 +333,11 @@ def write_files(folder: Path, documents: list[str], files: int) -> tuple[int, in
 
 
 def make_tokenizer(source: Path | None, work: Path) -> None:
-    """The folder work/tokenizer, and in work/special.json whether it has an end-of-text token."""
+    """Makes the folder work/tokenizer, with an end-of-text token."""
     output = str(work / "tokenizer")
     if source is None:
         tsumugu("tokenizer", "train", "--input", str(work / "part"), "--output", output, "--sample-bytes", "20000000")
-    elif source.is_dir():
+    elif (source / "contract.json").is_file():
         shutil.copytree(source, output)
     else:
         tsumugu("tokenizer", "import", str(source), "--output", output)
@@ -501,7 +508,17 @@ def processor() -> str:
 def markdown(figures: dict) -> str:
     """The figures as Markdown: every run, the targets with what was reached, and memory by the size of the corpus."""
     runs = read_runs(figures)
-    heads = ["", "processes", "text, MB", "start, s", "time, s", "CPU, s", "MB/s", "MB/s without start"]
+    heads = [
+        "",
+        "processes",
+        "text, MB",
+        "start, s",
+        "time, s",
+        "CPU, s",
+        "MB/s",
+        "MB/s without start",
+        "MB a CPU second",
+    ]
     heads += ["M tokens/s", "documents kept", "bytes a token", "memory, MiB", "largest process, MiB"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     rows += [
@@ -514,6 +531,7 @@ def markdown(figures: dict) -> str:
             f"{run.cpu_seconds:.1f}",
             f"{run.speed:.2f}",
             f"{run.speed_without_start:.2f}",
+            f"{run.speed_of_a_core:.2f}",
             f"{run.tokens / run.seconds / 1e6:.2f}",
             "in blocks" if run.documents is None else f"{run.documents / run.documents_in:.1%}",
             f"{(run.id_bytes + run.index_bytes) / run.tokens:.2f}",
