@@ -38,6 +38,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -399,14 +400,20 @@ def timed(setup: Setup, way: str, corpus: str, processes: int, output: Path) -> 
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, env=ENVIRONMENT)
         sampler = threading.Thread(target=sample_memory, args=(process.pid, ended, samples))
         sampler.start()
-        with contextlib.suppress(ChildProcessError):  # no more of them
+        try:
             while True:  # the command, and processes that it left behind, which become ours
                 pid, its_status, usage = os.wait4(-process.pid, 0)
                 usages.append(usage)
                 if pid == process.pid:
                     status, seconds = its_status, time.perf_counter() - begun
-        ended.set()
-        sampler.join()
+        except ChildProcessError:  # no more of them
+            pass
+        except BaseException:  # Ctrl-C, which does not reach its session
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        finally:
+            ended.set()
+            sampler.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last = log.read_text(encoding="utf-8", errors="replace")[-3000:]
