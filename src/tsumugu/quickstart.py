@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tsumugu import config as configuration
 from tsumugu.data import corpus
-from tsumugu.data.instructions import FIELDS
+from tsumugu.data.instructions import messages_of
 from tsumugu.data.prepare import describe, hash_share, prepare
 from tsumugu.data.store import open_store
 from tsumugu.errors import UserError
@@ -242,16 +242,15 @@ def _show_generations(
         reply, _ = base.generate(prompt, max_new_tokens=60)
         console.print(f"[base]     {prompt} ▸ {reply}", markup=False)
     source = instructions.sources[0]
-    columns = {field: source.fields.get(field, field) for field in FIELDS}
     shown = 0
-    for piece in corpus.plan(corpus.find_files(source.path)):
-        for record in corpus.read_records(piece):
-            values = {field: record.values.get(column) or "" for field, column in columns.items()}
-            if values["input"] or hash_share(values) < instructions.validation_share or shown == 3:
-                continue
-            reply, stopped = instruct.generate(values["instruction"], max_new_tokens=120)
-            console.print(f"[instruct] {values['instruction']} ▸ {reply}{'' if stopped else ' …'}", markup=False)
-            shown += 1
+    for record in corpus.records(corpus.plan(corpus.find_files(source.path))):
+        question, *others = messages_of(record.values, source.fields)
+        values = {"instruction": question.content, "input": question.input}
+        if shown == 3 or len(others) > 1 or question.input or hash_share(values) < instructions.validation_share:
+            continue
+        reply, stopped = instruct.generate(question.content, max_new_tokens=120)
+        console.print(f"[instruct] {question.content} ▸ {reply}{'' if stopped else ' …'}", markup=False)
+        shown += 1
 
 
 def _show_summary(rows: list[tuple[str, str, str, float]], console: Console) -> None:

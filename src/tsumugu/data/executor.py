@@ -113,6 +113,7 @@ def run_slurm(stages: list[Stage], work: Path, config: PrepareConfig) -> str:
     jobs_file = work / _SLURM_JOBS
     if jobs_file.exists() and (waiting := _unfinished_jobs(jobs_file.read_text().split())):
         return f"{len(waiting)} jobs of an earlier call still run or wait: {', '.join(waiting)}"
+    logger.disable("datatrove")
     settings = config.slurm
     jobs: list[str] = []
     for stage in stages:

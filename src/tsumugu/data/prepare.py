@@ -80,7 +80,13 @@ def prepare(config: PrepareConfig) -> dict:
     check_contract(tokenizer)
     for source in config.sources:  # what is wrong with files that they name shows here
         Cleaner(config.clean_of(source), source.language)
-    contamination_of(config)
+    if contamination := contamination_of(config):
+        for file, records, unchecked, example in contamination.coverage:
+            if unchecked:
+                print(
+                    f"{file}: {unchecked:,} of {records:,} records are too short to be looked for, such as {example}",
+                    file=sys.stderr,
+                )
 
     tasks = plan(config, files)
     stages = _stages(config, contract, settings, tasks)
@@ -133,7 +139,7 @@ def _text_column(source: Source, pieces: list[corpus.Piece]) -> str:
 
 def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: list[Task]) -> list[Stage]:
     work = Path(config.output) / WORK
-    modes = [config.deduplicate_of(task.source) for task in tasks]
+    modes: list[dedup.Mode] = [config.deduplicate_of(task.source) for task in tasks]
     shares = {config.validation_share_of(source) for source in config.sources}
     inputs, sizes = [str(task) for task in tasks], np.array([float(task.size) for task in tasks])
     read: list[PipelineStep] = [Read(tasks, config), Clean(tasks, config)]

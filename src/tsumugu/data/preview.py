@@ -3,6 +3,7 @@
 Only reading, cleaning and the check for contamination are tried; what deduplication removes shows in the store alone.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from itertools import islice
 
 from datatrove.data import Document
 from rich.console import Console
-from rich.table import Table
 
 from tsumugu.config import PrepareConfig
 from tsumugu.data import corpus
 from tsumugu.data.prepare import plan
+from tsumugu.data.quality import measures
 from tsumugu.data.steps import Clean, Read, Task
 
 _PLACES = 16  # places of a source that the sample is taken from
@@ -28,7 +29,7 @@ class SourcePreview:
 
     Attributes:
         dropped: Counts by reason (also of records that cannot be read).
-        examples: Some documents by reason: (place, text).
+        examples: Some documents by reason: (place, text, what the rule measured, where it measures).
         changed: Documents that stay and are changed.
         changes: Some of their changed lines: (before, after).
     """
@@ -37,7 +38,7 @@ class SourcePreview:
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    examples: dict[str, list[tuple[str, str, float | None]]] = field(default_factory=dict)
     changed: int = 0
     changes: list[tuple[str, str]] = field(default_factory=list)
 
@@ -58,7 +59,7 @@ def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
             one = Task(source, task.columns, [piece])
             before: list[str] = []
             read = _remember(islice(Read([one], config).run(), -(-documents // len(places))), before)
-            for text, document in zip(before, Clean([one], config).run(read), strict=False):
+            for document, text in zip(Clean([one], config).run(read), before, strict=False):  # fills `before` first
                 _count(found, text, document)
         result.append(found)
     return result
@@ -83,7 +84,7 @@ def _count(found: SourcePreview, before: str, document: Document) -> None:
         found.dropped[reason] += 1
         examples = found.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append((document.id, document.text))
+            examples.append((document.id, document.text, _measured(reason, document.text)))
         return
     found.kept += 1
     if document.text != before:
@@ -94,25 +95,34 @@ def _count(found: SourcePreview, before: str, document: Document) -> None:
             found.changes.append(changed)
 
 
+def _measured(reason: str, text: str) -> float | None:
+    """The value for which a quality rule drops a text; its reason is min_MEASURE or max_MEASURE."""
+    values = measures([text])
+    name = reason.removeprefix("min_").removeprefix("max_")
+    return float(values[name][0]) if name in values else None
+
+
 def show(previews: list[SourcePreview], console: Console) -> None:
-    """Prints tables of what `preview` found."""
+    """Prints what `preview` found."""
+
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, no_wrap=True, overflow="ellipsis")
+
     for found in previews:
         share = found.kept / found.documents if found.documents else 0
-        console.print(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", style="bold")
-        if found.dropped:
-            table = Table("dropped for", "documents", "share", "where", "text")
-            for reason, count in found.dropped.most_common():
-                for number, (place, text) in enumerate(found.examples[reason]):
-                    first = (reason, f"{count:,}", f"{count / found.documents:.1%}") if number == 0 else ("", "", "")
-                    table.add_row(*first, place, _short(text))
-            console.print(table)
+        line(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", "bold")
+        for reason, count in found.dropped.most_common():
+            line(f"  {reason}: {count:,} dropped ({count / found.documents:.1%}), such as")
+            for place, text, value in found.examples[reason]:
+                measured = "" if value is None else f" ({value:.3g})"
+                line(f"    {os.path.basename(place)}{measured}: {_short(text)}")
         if found.changed:
-            table = Table("changed lines, before", "after", title=f"{found.changed:,} documents are changed")
-            for before, after in found.changes:
-                table.add_row(*_around_change(before, after))
-            console.print(table)
+            line(f"  {found.changed:,} of them are changed, such as")
+        for before, after in found.changes:
+            for sign, text in zip("-+", _around_change(before, after), strict=True):
+                line(f"    {sign} {text}")
         if found.documents and share < 0.5:
-            console.print(f"{found.name}: over half of it would be dropped", style="yellow")
+            line(f"  over half of {found.name} would be dropped", "yellow")
 
 
 def _around_change(before: str, after: str) -> tuple[str, str]:

@@ -138,26 +138,32 @@ class Read(PipelineStep):
         for piece in task.pieces:
             for record in corpus.read_records(piece, task.columns):
                 metadata = {"at": (before + record.consumed) / max(task.size, 1), "dropped": None}
+                raw = record.raw if isinstance(record, corpus.BadRecord) else repr(record.values)
                 try:
                     if isinstance(record, corpus.BadRecord):
                         raise record.error
-                    content = _content(record, task)
+                    text = _content(record, task, self.config)
+                except instructions.UnusableError as error:
+                    yield Document(raw, record.place, metadata=metadata | {"dropped": error.message})
                 except UserError as error:
                     if self.config.bad_records == "stop":
                         raise
-                    raw = record.raw if isinstance(record, corpus.BadRecord) else repr(record.values)
-                    yield Document(text=raw, id=record.place, metadata=metadata | {"set_aside": str(error)})
+                    yield Document(raw, record.place, metadata=metadata | {"set_aside": str(error)})
                 else:
-                    yield Document(text=content, id=record.place, metadata=metadata)
+                    yield Document(text, record.place, metadata=metadata)
             before += piece.size
 
 
-def _content(record: corpus.Record, task: Task) -> str:
+def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
     """The text of a record; of instructions, the conversation as JSON."""
     if task.source.kind == "text":
         return corpus.column_of(record, task.columns[0])
     try:
-        return instructions.to_json(instructions.messages_of(record.values, task.source.fields))
+        messages = instructions.messages_of(record.values, task.source.fields)
+        instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+        return instructions.to_json(messages)
+    except instructions.UnusableError:
+        raise
     except UserError as error:
         raise UserError(f"{record.place}: {error.message}", error.hint) from None
 
@@ -178,7 +184,7 @@ class Clean(PipelineStep):
         cleaner = Cleaner(self.config.clean_of(source), source.language)
         contamination = contamination_of(self.config)
         for documents in _batches(data):
-            fit = [document for document in documents if "set_aside" not in document.metadata]
+            fit = [d for d in documents if "set_aside" not in d.metadata and not d.metadata["dropped"]]
             clean = _clean_texts if source.kind == "text" else _clean_conversations
             clean(fit, cleaner)
             if contamination:
@@ -200,12 +206,17 @@ def _clean_texts(documents: list[Document], cleaner: Cleaner) -> None:
 def _clean_conversations(documents: list[Document], cleaner: Cleaner) -> None:
     """Cleans each message for itself; a conversation goes where one of its messages does."""
     conversations = [instructions.from_json(document.text) for document in documents]
-    cleaned = iter(cleaner([message.content for messages in conversations for message in messages]))
+    texts = [text for messages in conversations for message in messages for text in (message.content, message.input)]
+    cleaned = iter(cleaner(texts))
     for document, messages in zip(documents, conversations, strict=True):
-        results = [next(cleaned) for _ in messages]
-        document.metadata["dropped"] = next((result.dropped for result in results if result.dropped), None)
-        replaced = [dataclasses.replace(m, content=r.text) for m, r in zip(messages, results, strict=True)]
-        document.text = instructions.to_json(replaced)
+        results = [(next(cleaned), next(cleaned)) for _ in messages]
+        document.metadata["dropped"] = next((r.dropped for pair in results for r in pair if r.dropped), None)
+        document.text = instructions.to_json(
+            [
+                dataclasses.replace(message, content=content.text, input=input.text)
+                for message, (content, input) in zip(messages, results, strict=True)
+            ]
+        )
 
 
 def split_key(content: str, kind: str) -> str:
@@ -234,7 +245,8 @@ class Keep(PipelineStep):
         writer = DocumentWriter(_documents_prefix(self.config, rank))
         for documents in _batches(data):
             for document in _wanted(documents, tally):
-                writer.add(document.text, document.id, document.metadata["validation"])
+                key = split_key(document.text, self.config.kind)
+                writer.add(document.text, document.id, document.metadata["validation"], key)
             progress.show(documents[-1].metadata["at"])
         writer.close()
         tally.close()
