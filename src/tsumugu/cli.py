@@ -69,7 +69,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     quickstart = command(commands, "quickstart", _quickstart, "the whole way on the built-in corpus, or on your own")
     quickstart.add_argument("--work-dir", default="quickstart", help="folder for everything (default: quickstart)")
     quickstart.add_argument("--input", nargs="+", metavar="PATH", help="your own text in place of the built-in corpus")
-    quickstart.add_argument("--text", default="text", metavar="COLUMN", help="its text column (default: text)")
+    quickstart.add_argument("--text", metavar="COLUMN", help="its text column (default: found)")
     quickstart.add_argument("--vocab-size", type=_whole(1), metavar="N", help="default: by the size of the corpus")
     quickstart.add_argument("--yes", action="store_true", help="do not ask before the long part")
 

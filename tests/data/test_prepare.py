@@ -207,7 +207,7 @@ def test_small_files_share_a_task(tmp_path: Path, make: Callable, tokenizer_fold
         (tmp_path / "texts" / f"{number:03d}.txt").write_text(document, encoding="utf-8")
     make(tmp_path / "texts", validation_share=0.0)
     opened = store.open_store(tmp_path / "store")
-    assert len(opened.train.shards) == 1
+    assert len(opened.manifest["splits"]["train"]["shards"]) == 1
     assert [ids for ids, _ in _documents(opened.train)] == _encode(tokenizer_folder, DOCUMENTS)
 
 

@@ -153,6 +153,18 @@ def test_a_conversation_that_the_template_has_no_place_for_is_a_bad_record(tmp_p
         run([{"name": "a", "path": path, "kind": "instructions"}])
 
 
+def test_a_conversation_of_which_nothing_may_be_learned_is_dropped(tmp_path: Path, run: Callable):
+    turns = [{"role": "user", "content": "空の色は？"}, {"role": "assistant", "content": "青です。"}]
+    unlearned = [turns[0], turns[1] | {"train": False}]
+    path = _write(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": unlearned}, {"messages": turns[:1]}])
+    counts = run([{"name": "a", "path": path, "kind": "instructions"}])["sources"]["a"]
+    assert {key: value for key, value in counts.items() if key != "characters"} == {
+        "documents": 1,
+        "dropped: no supervised token": 1,
+        "dropped: the last turn is not the assistant's": 1,
+    }
+
+
 # --- the text column -------------------------------------------------------------------------------------------------
 
 

@@ -131,12 +131,12 @@ def _kind(path: str) -> str | None:
 # --- in which pieces -------------------------------------------------------------------------------------------------
 
 
-def plan(files: Iterable[str], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
+def plan(files: Iterable[str], piece_bytes: int | None = None) -> list[Piece]:
     """Cuts files into pieces, by their kinds, sizes and number alone.
 
-    .jsonl, .parquet and local .arrow are cut into ranges of `piece_bytes`. Compressed files are cut into at most
-    MOST_COMPRESSED_PIECES of COMPRESSED_PIECE_BYTES or more, as long as there are fewer than ENOUGH_PIECES files. Every
-    other file is one piece.
+    .jsonl, .parquet and local .arrow are cut into ranges of `piece_bytes`, by default PIECE_BYTES. Compressed files are
+    cut into at most MOST_COMPRESSED_PIECES of COMPRESSED_PIECE_BYTES or more, as long as there are fewer than
+    ENOUGH_PIECES files. Every other file is one piece.
 
     Raises:
         UserError: A .txt file too large for one document.
@@ -153,7 +153,7 @@ def plan(files: Iterable[str], piece_bytes: int = PIECE_BYTES) -> list[Piece]:
                 'make it a .jsonl file, {"text": ...} a line for each document',
             )
         if kind in (".jsonl", ".parquet") or (kind == ".arrow" and not storage.is_remote(file)):
-            step = piece_bytes
+            step = piece_bytes or PIECE_BYTES
         elif _codec(file):
             most = min(MOST_COMPRESSED_PIECES, math.ceil(ENOUGH_PIECES / len(files)))
             step = max(math.ceil(size / max(1, min(most, size // COMPRESSED_PIECE_BYTES))), 1)

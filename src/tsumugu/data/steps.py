@@ -137,35 +137,31 @@ class Read(PipelineStep):
         task, before = self.tasks[rank], 0
         for piece in task.pieces:
             for record in corpus.read_records(piece, task.columns):
-                metadata = {"at": (before + record.consumed) / max(task.size, 1), "dropped": None}
-                raw = record.raw if isinstance(record, corpus.BadRecord) else repr(record.values)
-                try:
-                    if isinstance(record, corpus.BadRecord):
-                        raise record.error
-                    text = _content(record, task, self.config)
-                except instructions.UnusableError as error:
-                    yield Document(raw, record.place, metadata=metadata | {"dropped": error.message})
-                except UserError as error:
-                    if self.config.bad_records == "stop":
-                        raise
-                    yield Document(raw, record.place, metadata=metadata | {"set_aside": str(error)})
-                else:
-                    yield Document(text, record.place, metadata=metadata)
+                yield self._document(record, task, (before + record.consumed) / max(task.size, 1))
             before += piece.size
+
+    def _document(self, record: corpus.Record | corpus.BadRecord, task: Task, at: float) -> Document:
+        metadata = {"at": at, "dropped": None}
+        if isinstance(record, corpus.Record):
+            try:
+                return Document(_content(record, task, self.config), record.place, metadata=metadata)
+            except instructions.UnusableError as error:
+                raw = corpus.unusable(record, error).raw
+                return Document(raw, record.place, metadata=metadata | {"dropped": error.message})
+            except UserError as error:
+                record = corpus.unusable(record, error)
+        if self.config.bad_records == "stop":
+            raise record.error
+        return Document(record.raw, record.place, metadata=metadata | {"set_aside": str(record.error)})
 
 
 def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
     """The text of a record; of instructions, the conversation as JSON."""
     if task.source.kind == "text":
         return corpus.column_of(record, task.columns[0])
-    try:
-        messages = instructions.messages_of(record.values, task.source.fields)
-        instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
-        return instructions.to_json(messages)
-    except instructions.UnusableError:
-        raise
-    except UserError as error:
-        raise UserError(f"{record.place}: {error.message}", error.hint) from None
+    messages = instructions.messages_of(record.values, task.source.fields)
+    instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+    return instructions.to_json(messages)
 
 
 class Clean(PipelineStep):
@@ -312,9 +308,8 @@ class Encode(PipelineStep):
             wanted = _wanted(documents, tally)
             encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
             for document, arrays in zip(wanted, encoded, strict=True):
-                limit = self.config.max_length
-                if not len(arrays[0]) or (limit and len(arrays[0]) > limit):
-                    document.metadata["dropped"] = "longer than prepare.max_length" if len(arrays[0]) else "empty"
+                if reason := self._unfit(*arrays):
+                    document.metadata["dropped"] = reason
                     tally.drop(document)
                     continue
                 writers["validation" if document.metadata["validation"] else "train"].add(*arrays)
@@ -323,6 +318,13 @@ class Encode(PipelineStep):
             progress.show(documents[-1].metadata["at"])
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
+
+    def _unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
+        if len(ids) == 0:
+            return "empty"
+        if self.config.max_length and len(ids) > self.config.max_length:
+            return "longer than prepare.max_length"
+        return "no supervised token" if mask is not None and not mask.any() else None
 
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids,) of each document, without tokens where it encodes to none."""
