@@ -592,7 +592,7 @@ def targets(figures: dict) -> list[tuple[str, str, str, bool]]:
     at_least("tokenise and store / Megatron", whole["store"].speed / part["megatron"].speed_without_start, 1.2)
     for way in _TSUMUGU:
         efficiency = whole[way].speed / runs[way, "whole", 1].speed / processes
-        at_least(f"efficiency from 1 to {processes} processes, {title(way)}", efficiency, 0.9, "{:.0%}")
+        at_least(f"efficiency from 1 to {processes} processes, {title(way)}", efficiency, 0.9, "{:.1%}")
     for way, run in whole.items():
         peak = max(run.peak_bytes, runs[way, "whole", 1].peak_bytes, runs[way, "quarter", processes].peak_bytes)
         found.append((f"memory of all processes, {title(way)}", f"{peak / 2**30:.2f} GiB", "< 2 GiB", peak < 2 * 2**30))
