@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datatrove.executor import LocalPipelineExecutor
@@ -94,7 +96,7 @@ def run_local(stages: list[Stage], work: Path, workers: int) -> None:
                 _run_stage(pool, stages[index], index, ranks)
             else:
                 for rank in ranks:
-                    executors[index]._run_for_rank(rank)
+                    executors[index].run_task(rank)
 
 
 def run_slurm(stages: list[Stage], work: Path, config: PrepareConfig) -> str:
@@ -177,13 +179,16 @@ def run_ray(stages: list[Stage], work: Path, workers: int | None) -> None:
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's executor without its log on the terminal."""
+    """datatrove's executor without its logs, which take longer than a small task."""
 
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        logger.disable("datatrove")
-        stats = super()._run_for_rank(rank, local_rank, node_rank)
+    def run_task(self, rank: int) -> None:
+        """Runs the pipeline for one task and marks it as done."""
+        data: Any = None
+        for step in self.pipeline:
+            data = step(data, rank, self.world_size)
+        deque(data or (), maxlen=0)
+        self.mark_rank_as_completed(rank)
         Progress(Path(self.logging_dir.path), rank).show(1)
-        return stats
 
 
 class _Slurm(SlurmPipelineExecutor):
@@ -267,7 +272,7 @@ def _work(connection: Connection, executors: list[_Local]) -> None:
     while True:
         index, rank = connection.recv()
         try:
-            executors[index]._run_for_rank(rank)
+            executors[index].run_task(rank)
             connection.send(None)
         except (UserError, OSError) as error:
             connection.send(error)
