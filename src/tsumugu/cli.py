@@ -73,13 +73,19 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     quickstart.add_argument("--vocab-size", type=_whole(1), metavar="N", help="default: by the size of the corpus")
     quickstart.add_argument("--yes", action="store_true", help="do not ask before the long part")
 
-    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer")
+    tokenizer = commands.add_parser("tokenizer", help="train, import or extend a tokenizer")
     actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
-    train_tokenizer = command(actions, "train", _train_tokenizer, "train a SentencePiece unigram tokenizer")
+    train_tokenizer = command(actions, "train", _train_tokenizer, "train a tokenizer on a corpus")
     train_tokenizer.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
     train_tokenizer.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
     train_tokenizer.add_argument("--output", required=True, metavar="DIR")
     train_tokenizer.add_argument("--vocab-size", type=_whole(1), default=32000, metavar="N", help="default: 32000")
+    train_tokenizer.add_argument(
+        "--kind",
+        choices=["unigram", "bpe"],
+        default="unigram",
+        help="SentencePiece unigram, or byte-level BPE for English (default: unigram)",
+    )
     train_tokenizer.add_argument(
         "--sample-bytes",
         type=_whole(1, 2**63),
@@ -90,6 +96,36 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     train_tokenizer.add_argument(
         "--reserved", type=_whole(0, 10**6), default=100, metavar="N", help="spare ids (default: 100)"
     )
+    import_tokenizer = command(actions, "import", _import_tokenizer, "import a tokenizer exactly, or refuse it")
+    import_tokenizer.add_argument(
+        "source", metavar="SOURCE", help="a SentencePiece .model, a Hugging Face folder, or a name on the hub"
+    )
+    import_tokenizer.add_argument("--output", required=True, metavar="DIR")
+    _add_sample_arguments(import_tokenizer)
+    import_tokenizer.add_argument(
+        "--newline",
+        default="keep",
+        metavar="keep|refuse|TOKEN",
+        help="keep what it does, refuse it where it loses newlines, or spell them by a token (default: keep)",
+    )
+    extend = command(actions, "extend", _extend_tokenizer, "append tokens, or pieces learnt from a corpus")
+    extend.add_argument("source", metavar="SOURCE", help="a tokenizer's folder")
+    extend.add_argument("--output", required=True, metavar="DIR")
+    what = extend.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--tokens",
+        metavar="FILE",
+        help="a token a line; special, unless a tab and `text` follow; JSON in double quotes",
+    )
+    what.add_argument("--train", nargs="+", metavar="PATH", help="files, folders or globs to learn pieces from")
+    extend.add_argument("--vocab-size", type=_whole(1), metavar="N", help="ids in all, with --train")
+    extend.add_argument(
+        "--embeddings",
+        choices=["mean_of_pieces", "mean"],
+        default="mean_of_pieces",
+        help="how a model's new rows start (default: mean_of_pieces)",
+    )
+    _add_sample_arguments(extend)
 
     prepare = command(
         commands,
@@ -149,6 +185,11 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
+def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", metavar="PATH", help="your corpus: a sample of it is compared")
+    parser.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
+
+
 def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
     """The type of an argument: a whole number, also written as 2e9, from `least` to below `limit`."""
 
@@ -188,10 +229,10 @@ def _quickstart(options: argparse.Namespace, _flags: list[str]) -> int:
 
 def _train_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu.data import corpus
-    from tsumugu.tokenizer.train import train_tokenizer
+    from tsumugu.tokenizer import train
 
     pieces = corpus.plan(corpus.find_files(options.input))
-    report = train_tokenizer(
+    report = (train.train_byte_level if options.kind == "bpe" else train.train_tokenizer)(
         lambda: corpus.texts(pieces, options.text),
         Path(options.output),
         vocab_size=options.vocab_size,
@@ -203,6 +244,57 @@ def _train_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
         f"{report.documents:,} documents; skipped {report.skipped_bytes:,} bytes"
     )
     return 0
+
+
+def _import_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.tokenizer.importer import import_tokenizer
+
+    report = import_tokenizer(options.source, Path(options.output), _sample(options), options.newline)
+    print(f"{options.output}:", "\n  ".join(report.lines()))
+    return 0
+
+
+def _extend_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.data import corpus
+    from tsumugu.tokenizer import extend
+
+    if (options.train is None) != (options.vocab_size is None):
+        raise UserError("--vocab-size goes with --train", "give both, or --tokens alone")
+    source, output, sample = Path(options.source), Path(options.output), _sample(options)
+    if options.tokens:
+        tokens = extend.read_tokens(Path(options.tokens))
+        report = extend.add_tokens(source, output, tokens, sample, options.embeddings)
+        proof = f"{report.strings:,} strings without them are encoded as before"
+    else:
+        pieces = corpus.plan(corpus.find_files(options.train))
+        texts = lambda: corpus.texts(pieces, options.text)  # noqa: E731
+        report = extend.add_pieces(source, output, texts, options.vocab_size, sample, options.embeddings)
+        proof = (
+            f"old ids keep their meaning; of {report.strings:,} strings, which all come back as before, "
+            f"{report.changed:,} are cut otherwise than before"
+        )
+    print(f"{output}: {report.new:,} ids after {report.old:,}; {proof}")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> list[str]:
+    """Some megabytes of documents from all over the user's corpus."""
+    from tsumugu.data import corpus
+
+    if not options.input:
+        return []
+    pieces = corpus.plan(corpus.find_files(options.input))
+    sample = []
+    for piece in pieces:
+        room = max(4_000_000 // len(pieces), 1)  # characters
+        for text in corpus.texts([piece], options.text):
+            sample.append(text[:room])
+            room -= len(text)
+            if room <= 0:
+                break
+        if sum(map(len, sample)) >= 4_000_000:
+            break
+    return sample
 
 
 def _prepare(options: argparse.Namespace, flags: list[str]) -> int:

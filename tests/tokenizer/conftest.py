@@ -1,10 +1,16 @@
 """A small corpus, a tokenizer trained on it, and texts of every kind to try tokenizers on."""
 
+import gzip
+import io
+import itertools
+import json
 import random
 import re
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -82,3 +88,43 @@ def byte_level(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token=end, eos_token=end, unk_token=end)
     fast.save_pretrained(output)
     return output
+
+
+@pytest.fixture(scope="session")
+def train_plainly(corpus: list[str]):
+    """Trains a model as SentencePiece itself makes it, without our finish."""
+    lines = [line for document in corpus for line in document.split("\n")]
+
+    def train(**options) -> ModelProto:
+        writer = io.BytesIO()
+        settings = {
+            "vocab_size": 800,
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "add_dummy_prefix": False,
+            "remove_extra_whitespaces": False,
+            "required_chars": "".join(map(chr, range(0x21, 0x7F))),
+            "minloglevel": 2,
+        } | options
+        SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=writer, **settings)
+        return ModelProto.FromString(writer.getvalue())
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def real_models() -> list[Path]:
+    """Real SentencePiece models, where they are."""
+    found = sorted((Path(__file__).parents[3] / "shared" / "data" / "tokenizers").glob("*.model"))
+    return found or pytest.skip("no shared/data/tokenizers")
+
+
+@pytest.fixture(scope="session")
+def sample() -> list[str]:
+    """Some 700 kB of real prose, in lines, where it is."""
+    path = Path(__file__).parents[3] / "shared" / "data" / "aozora-public-domain.jsonl.gz"
+    if not path.exists():
+        pytest.skip("no shared/data")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        works = [json.loads(line)["text"] for line in itertools.islice(file, 0, 800, 40)]
+    return [line for work in works for line in work[:12000].splitlines(keepends=True)]

@@ -8,7 +8,7 @@ import contextlib
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +126,17 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     return fill
 
 
-def pretrained(folder: Path) -> Callable[[PreTrainedModel, list], None]:
+NewRows = Sequence[tuple[int, Sequence[int]]]
+
+
+def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model from the weights of a Hugging Face folder, each process reading its own slices.
+
+    Args:
+        folder: Of the weights.
+        new_rows: Ids that the folder's tokenizer lacks, and the earlier ids that each stands for: its rows of the input
+            embedding and of the head are the mean of theirs, or of all rows before the first new one where it stands
+            for none. The folder's rows may be too few, or have been spare until now.
 
     The filling raises UserError, on every process, where weights are missing, unexpected or of another shape.
     """
@@ -136,6 +145,8 @@ def pretrained(folder: Path) -> Callable[[PreTrainedModel, list], None]:
         rebuild_buffers(model)
         tied = tied_names(model)
         with _weights(folder) as state_dict, quiet():
+            if new_rows:
+                state_dict |= _grown(model, state_dict, dict(new_rows))
             load_config = LoadStateDictConfig(
                 device_map={"": next(model.parameters()).device}, weight_mapping=mapping, dtype=model.dtype
             )
@@ -158,6 +169,49 @@ def pretrained(folder: Path) -> Callable[[PreTrainedModel, list], None]:
                 raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
 
     return fill
+
+
+def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[int, Sequence[int]]) -> dict[str, Any]:
+    """The tensors on disk of the embedding and the head, with new rows."""
+    whole = meta_model(model.config, torch.float32)
+    modules = [module for module in (whole.get_input_embeddings(), whole.get_output_embeddings()) if module is not None]
+    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+    names = [name for name, p in whole.named_parameters(remove_duplicate=False) if id(p) in parameters]
+    on_disk = [disk for name in names for disk in disk_names(whole, {name: whole.get_parameter(name)})]
+    # A folder of the model without its head leaves the prefix out.
+    found = {key for key in state_dict for name in on_disk if name == key or name.endswith(f".{key}")}
+    return {key: _Grown(state_dict[key], model.config.vocab_size, new_rows) for key in found}
+
+
+class _Grown:
+    """A tensor on disk with rows replaced or added, each read when it is sliced, as transformers asks for it."""
+
+    def __init__(self, stored: Any, size: int, new_rows: dict[int, Sequence[int]]):
+        self.stored, self.new_rows = stored, new_rows
+        shape = list(stored.shape) if isinstance(stored, torch.Tensor) else stored.get_shape()
+        self.rows, self.shape = shape[0], [size, *shape[1:]]
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows, *columns = (slice(None),) if index is ... else index
+        start, stop, _ = rows.indices(self.shape[0])
+        part = torch.zeros(stop - start, *self.shape[1:])  # rows that neither had a meaning nor get one
+        end = max(start, min(stop, self.rows))
+        part[: end - start] = self.stored[start:end]
+        for row in range(start, stop):
+            if row in self.new_rows:
+                part[row - start] = self._row(row)
+        return part[(slice(None), *columns)]
+
+    def _row(self, row: int) -> torch.Tensor:
+        if row not in self.new_rows:
+            return self.stored[row : row + 1][0].float()
+        first = min(self.new_rows)
+        if not self.new_rows[row]:
+            return self.stored[: min(first, self.rows)].float().mean(0)
+        return torch.stack([self._row(earlier) for earlier in self.new_rows[row]]).mean(0)
 
 
 def find_pretrained(name: str) -> Path:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _FILE = "contract.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", _FILE)
+EXTENSION_FILE = "extension.json"  # of extend.py
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"),
+    *(EXTENSION_FILE, _FILE),
+)
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
 GOLDEN = (
@@ -56,10 +60,14 @@ class Contract:
         vocab_size: One more than the highest id.
         unk_id, bos_id, eos_id, pad_id: None where the tokenizer has no such token.
         adds_bos, adds_eos: Whether the tokenizer itself adds them when called as transformers does by default.
-        newline: Whether a newline survives encoding and decoding.
+        newline: Whether a newline survives encoding and decoding; "mapped" where the tokenizer itself spells it by a
+            token such as `<NL>` (then CR LF comes back as LF, and a literal `<NL>` as a newline).
         golden: Texts with their ids, special tokens not added.
         token_bytes: UTF-8 bytes of text that each id stands for; 0 for special and reserved ones, 1 for byte pieces.
-            Over a text without unknowns they add up to its length, for unigram with byte fallback and byte-level BPE.
+            Over a text they add up to its length, for byte-level BPE and for what `tsumugu tokenizer train` makes.
+            Imported tokenizers count what they make of the text: the space they put in front (one byte a text), and
+            characters after normalisation; unknown characters count 0, a mapped newline as its token, unless that is
+            one piece.
     """
 
     version: int
@@ -71,7 +79,7 @@ class Contract:
     pad_id: int | None
     adds_bos: bool
     adds_eos: bool
-    newline: Literal["expressible", "lost"]
+    newline: Literal["expressible", "mapped", "lost"]
     golden: tuple[tuple[str, tuple[int, ...]], ...]
     token_bytes: tuple[int, ...]
 
@@ -131,6 +139,26 @@ def check_contract(folder: Path) -> Contract:
     return contract
 
 
+def new_rows(folder: Path, base: Contract) -> list[tuple[int, list[int]]] | None:
+    """The ids that `tsumugu tokenizer extend` has appended to a tokenizer, and the earlier ids that each stands for.
+
+    Args:
+        folder: Of the extended tokenizer.
+        base: The contract of the tokenizer that it may be an extension of, at one remove or several.
+
+    Returns:
+        In the order of ids, each with ids below its own; [] for the mean of all ids of the base. None where `folder` is
+        no extension of `base`.
+    """
+    path = folder / EXTENSION_FILE
+    if not path.is_file():
+        return None
+    extension = json.loads(path.read_text(encoding="utf-8"))
+    if base.fingerprint not in [earlier["fingerprint"] for earlier in extension["bases"]]:
+        return None
+    return [(row["id"], row["pieces"]) for row in extension["rows"] if row["id"] >= base.vocab_size]
+
+
 def copy_tokenizer(source: Path, output: Path) -> None:
     """Copies a tokenizer and its contract, and nothing else that lies in the folder, such as the weights of a model."""
     output.mkdir(parents=True, exist_ok=True)
@@ -140,7 +168,8 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
 
 def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
-    from tsumugu.tokenizer.load import load_tokenizer  # here, so that reading a contract needs no tokenizer library
+    # here, so that reading a contract needs no tokenizer library
+    from tsumugu.tokenizer.load import load_tokenizer, newline_token
 
     tokenizer = load_tokenizer(folder)
     special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
@@ -152,6 +181,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     golden = tuple((text, tuple(tokenizer.encode(text, add_special_tokens=False).ids)) for text in golden_texts)
     defining = {"vocabulary": tokens, "special": [unk, bos, eos, pad], "golden": golden}
     plain, default = tokenizer.encode("あ", add_special_tokens=False).ids, tokenizer.encode("あ").ids
+    mapped = newline_token(tokenizer) is not None
     newline = "\n" in tokenizer.decode(tokenizer.encode("あ\nい", add_special_tokens=False).ids)
     return Contract(
         version=VERSION,
@@ -163,7 +193,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
         pad_id=pad,
         adds_bos=bos is not None and default[:1] == [bos] != plain[:1],
         adds_eos=eos is not None and default[-1:] == [eos] != plain[-1:],
-        newline="expressible" if newline else "lost",
+        newline="lost" if not newline else "mapped" if mapped else "expressible",
         golden=golden,
         token_bytes=tuple(_token_bytes(tokenizer, tokens)),
     )
@@ -181,12 +211,14 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
-    from tsumugu.tokenizer.load import BYTE_PIECE, NEVER, SPACE
+    from tsumugu.tokenizer.convert import BYTE_PIECE, NEVER, SPACE
+    from tsumugu.tokenizer.load import newline_token
 
     layout = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in layout["added_tokens"]}
     decoder = json.dumps(layout["decoder"], ensure_ascii=False)
     byte_level, byte_fallback = '"ByteLevel"' in decoder, '"ByteFallback"' in decoder
+    newline = newline_token(tokenizer)
     scores = [score for _, score in layout["model"]["vocab"]] if layout["model"]["type"] == "Unigram" else []
 
     def length(id: int, token: str) -> int:
@@ -196,6 +228,8 @@ def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:
             return 1
         if scores and scores[id] == NEVER:
             return 0
+        if token == newline:
+            return 1
         if byte_level:  # one character of its alphabet a byte
             return len(token)
         return len(token.replace(SPACE, " ").encode() if SPACE in decoder else token.encode())

@@ -1,168 +1,56 @@
-"""From a SentencePiece model to a fast tokenizer with the same ids, and from a folder to an encoder for bulk.
+"""A tokenizer's folder: writing it for any transformers, reading it, and encoding documents in bulk.
 
-The conversion is exact or refused. It differs from transformers' own in three ways, each needed for that:
-
-- `tokenizers` lets Viterbi pick *every* piece of the vocabulary; SentencePiece never picks control, unknown and byte
-  pieces. Here they get the score `NEVER`, so that the text `</s>` or `<0x0A>` is spelt with ordinary pieces.
-- SentencePiece writes a space as U+2581 and so reads a literal U+2581 back as a space. The fast tokenizer holds real
-  spaces and needs no normaliser: U+2581 falls to bytes, and decode(encode(x)) == x for every text.
-- Nothing is put in front of the text, neither a space nor bos.
-
-This module does not train (train.py) and does not describe tokenizers to later stages (contract.py).
+Bulk encoding takes the fastest engine that gives the same ids: SentencePiece for folders with a tokenizer.model,
+tiktoken for byte-level BPE, `tokenizers` for everything else. How a folder comes to be is the affair of train.py,
+importer.py and extend.py.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice, pairwise
 from pathlib import Path
 
-from google.protobuf.message import DecodeError
-from sentencepiece import SentencePieceProcessor
+import numpy as np
+import tiktoken
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import Tokenizer, normalizers
 
 from tsumugu.errors import UserError
+from tsumugu.tokenizer import convert
+from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE, UNKNOWN_PENALTY, read_model
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
-SPACE = "\u2581"
+SEAL = "sentencepiece_exact"  # the key of `seal` in tokenizer_config.json
 
-# Below every spelling of a control or byte piece by single characters (checked), and a whole number, so that sums stay
-# exact in float64.
-NEVER = -10_000.0
+Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
-# Scores of models that we train are multiples of 1/SCORE_GRID. Their sums are exact in float32 up to 2**24 / SCORE_GRID
-# and in float64 always, so SentencePiece (float32) and `tokenizers` (float64) see the same ties and, both taking the
-# first of equals, break them alike. Unrounded, one line in 2,000 of Aozora Bunko's prose came out differently.
-SCORE_GRID = 256
-_UNKNOWN_PENALTY = 10.0  # kUnkPenalty of SentencePiece, K_UNK_PENALTY of tokenizers: unknown scores min - 10
+# SentencePiece adds scores in float32. Parts of more characters than this go to `tokenizers`, which adds in float64.
+_LONGEST_PART = 10_000
 
-# What the ByteFallback decoder takes for a byte: six bytes, and Rust's from_str_radix also accepts a sign.
-BYTE_PIECE = re.compile(r"<0x(?:[0-9A-Fa-f]{2}|\+[0-9A-Fa-f])>")
-
-
-def read_model(path: Path) -> ModelProto:
-    """The SentencePiece model in a `.model` file. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file", "name a SentencePiece .model file")
-    try:
-        model = ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        model = ModelProto()
-    if not model.pieces:
-        raise UserError(f"{path} is not a SentencePiece model", "name a SentencePiece .model file")
-    return model
+# Ways to cut words in byte-level BPE that tiktoken knows too: GPT-2's, Llama 3's and Qwen's. The classes in them are
+# the same in both regular-expression engines for every code point (tests/tokenizer/test_bulk.py).
+_GPT2_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_KNOWN_WORDS = tuple(
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"""
+    + digits
+    + r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    for digits in ("{1,3}", "")
+)
+_LONG_BLANK = re.compile(r"\s{1000}")  # where tiktoken's regular expressions run out of stack
 
 
-def special_tokens(model: ModelProto) -> dict[str, str]:
-    """The names that transformers gives to the model's special pieces: {"bos_token": "<s>", ...}."""
-    spec = model.trainer_spec
-    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
-    return {name: model.pieces[id].piece for name, id in ids.items() if id >= 0}
-
-
-def _refusal(model: ModelProto) -> str | None:
-    """Why `to_fast` would not be exact for this model; None where it is."""
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    reachable = [piece.piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
-    characters = {piece for piece in reachable if len(piece) == 1}
-    lowest = min((piece.score for piece in model.pieces if piece.type == NORMAL), default=0.0)
-    if trainer.model_type != trainer.UNIGRAM:
-        return f"it is a {trainer.ModelType.Name(trainer.model_type)} model, not a UNIGRAM one"
-    if normalizer.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap:
-        return f"it normalises text (rule {normalizer.name!r})"
-    if normalizer.add_dummy_prefix:
-        return "it puts a space in front of the text (add_dummy_prefix)"
-    if normalizer.remove_extra_whitespaces:
-        return "it removes spaces (remove_extra_whitespaces)"
-    if not normalizer.escape_whitespaces:
-        return "it keeps spaces as they are (escape_whitespaces is off)"
-    if trainer.treat_whitespace_as_suffix:
-        return "it takes a space as the end of a word (treat_whitespace_as_suffix)"
-    if sum(piece.type == BYTE for piece in model.pieces) != 256:
-        return "it has no byte pieces for unknown characters (byte_fallback)"
-    for piece in model.pieces:
-        text = piece.piece.replace(SPACE, " ") if piece.type in (NORMAL, USER_DEFINED) else piece.piece
-        if piece.type == UNUSED:
-            return f"the piece {piece.piece!r} is marked unused"
-        if piece.type in (NORMAL, USER_DEFINED) and BYTE_PIECE.fullmatch(text):
-            return f"the ordinary piece {text!r} would be decoded as a byte"
-        # SentencePiece prefers these by rules of its own, which do not matter where no other piece covers that text.
-        if piece.type == USER_DEFINED and (len(text) > 1 or sum(text in other for other in reachable) > 1):
-            return f"the user-defined piece {text!r} has rivals in the vocabulary"
-        # With a character outside the vocabulary in it, the piece would compete with the unknown piece, whose score is
-        # not the same in both engines.
-        if piece.type != BYTE and (alien := set(text.replace(" ", SPACE)) - characters):
-            return f"the piece {piece.piece!r} holds {min(alien)!r}, which is not a piece itself"
-        if len(text) * (lowest - 1) < NEVER:
-            return f"the piece {text!r} is too long, or scores are too low"
-    return None
-
-
-def to_fast(model: ModelProto, name: str = "the model") -> Tokenizer:
-    """The fast tokenizer with the ids of a SentencePiece unigram model, for every text without a literal U+2581.
-
-    Unknown, bos, eos and pad become special tokens. Other control pieces (`<reserved_0>`) keep their ids and are not
-    found in text; `tokenizer.add_special_tokens(["<reserved_0>"])` turns one into a marker with that id.
-
-    Args:
-        model: Parsed SentencePiece model (`read_model`).
-        name: What to call the model in an error.
-
-    Raises:
-        UserError: The conversion would not be exact, and why.
-    """
-    if reason := _refusal(model):
-        raise UserError(f"{name} cannot be converted exactly: {reason}")
-    vocabulary = [
-        (piece.piece.replace(SPACE, " "), piece.score) if piece.type in (NORMAL, USER_DEFINED) else (piece.piece, NEVER)
-        for piece in model.pieces
-    ]
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=model.trainer_spec.unk_id, byte_fallback=True))
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special_tokens(model).values()]
-    )
-    return tokenizer
-
-
-def check_conversion(model: ModelProto, tokenizer: Tokenizer, texts: Iterable[str]) -> int:
-    """Compare SentencePiece with the converted tokenizer on texts (those with a literal U+2581 are left out).
-
-    Returns:
-        The number of texts cut differently where both ways score the same within SentencePiece's float32 rounding;
-        0 for models whose scores lie on the grid.
-
-    Raises:
-        UserError: Any other difference; names the text.
-    """
-    reference = SentencePieceProcessor(model_proto=model.SerializeToString())
-    scores = [score for _, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.encode_special_tokens = True
-    ties = 0
-    for text in texts:
-        if SPACE in text:
-            continue
-        theirs, ours = reference.encode(text), plain.encode(text, add_special_tokens=False).ids
-        if theirs == ours:
-            continue
-        ties += 1
-        total = sum(scores[id] for id in ours)
-        same_text = plain.decode(theirs, skip_special_tokens=False) == text
-        if not same_text or abs(sum(scores[id] for id in theirs) - total) > 2**-20 * abs(total):
-            raise UserError(f"the fast tokenizer gives {ours}, not SentencePiece's {theirs}, for {text!r}")
-    return ties
-
-
-def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[str, str]) -> None:
+def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[str, str], sealed: bool = False) -> None:
     """Write tokenizer.json and tokenizer_config.json into an existing folder, for any transformers from 4 on.
 
     Args:
         tokenizer: What to write.
         output: The folder.
         special_tokens: transformers' names and the tokens: {"bos_token": "<s>", ...}.
+        sealed: Whether it is the exact conversion (`convert.to_fast`) of the tokenizer.model in that folder.
     """
+    # Not tokenizer.save, whose error on a full disk is no OSError.
+    (output / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     # Written by hand: transformers 5 would name the class TokenizersBackend, which 4.x does not know.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -170,9 +58,8 @@ def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[s
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": int(1e30),  # transformers' own value for "no limit"
+        **({SEAL: seal(output)} if sealed else {}),
     }
-    # Not tokenizer.save, whose error on a full disk is no OSError.
-    (output / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (output / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
@@ -193,23 +80,36 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _exact_length(model: ModelProto) -> int:
-    """The number of characters up to which SentencePiece's float32 sums are exact on this model; 0 where they never
-    are, or where a line cannot be encoded without its neighbours."""
-    scores = [piece.score for piece in model.pieces if piece.type == NORMAL]
-    on_grid = all((score * SCORE_GRID).is_integer() for score in scores)
-    with_newline = [piece.piece for piece in model.pieces if "\n" in piece.piece]
-    if not on_grid or with_newline != ["\n"] or any(piece.type == USER_DEFINED for piece in model.pieces):
-        return 0
-    return int(2**24 / SCORE_GRID / (max(map(abs, scores)) + _UNKNOWN_PENALTY))
+def without_specials(tokenizer: Tokenizer) -> Encode:
+    """A tokenizer's ids of texts alone, special tokens spelt in them taken for text."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.encode_special_tokens = True
+    return _by_tokenizers(plain)
+
+
+def newline_token(tokenizer: Tokenizer) -> str | None:
+    """The token that newlines are mapped to by the tokenizer itself, if they are."""
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    first = next(iter(normalizer.get("normalizers") or [{}]))
+    return first["content"] if first.get("pattern") == {"Regex": convert.NEWLINE} else None
 
 
 class BulkEncoder:
     """Documents to ids, in bulk: what tokenizer.json gives for the text alone, from the fastest engine that is exact.
 
-    That is SentencePiece, on runs of lines, for a folder with a tokenizer.model that `tsumugu tokenizer train` made
-    (three to four times the speed of `tokenizers`), and `tokenizers` for everything else. No bos or eos is added, and
-    special tokens spelt in a document are text, so that a document cannot inject an eos.
+    No bos or eos is added, and special tokens spelt in a document are text, so that a document cannot inject an eos.
+    Making one takes up to some seconds: make one a process.
+
+    What is exact, by engine:
+
+    - SentencePiece, for tokenizers that `tsumugu tokenizer train` made: the ids are those of tokenizer.json.
+    - SentencePiece, for imported ones: the ids are those of the original engine, given text that is not too long. They
+      are those of tokenizer.json too, but for segmentations that score the same within float32's rounding. So that ids
+      do not depend on what else a document holds, it is encoded line by line, or word by word, where the engine would
+      cut in any case: no piece of the vocabulary reaches across that place. Parts over 10,000 characters go to
+      `tokenizers`, since float32 sums would drift on them. BPE adds up nothing, and is not cut.
+    - tiktoken, for byte-level BPE whose merges give every token in one way: the ids are those of tokenizer.json.
+    - `tokenizers` otherwise.
 
     Args:
         folder: A folder with a tokenizer.json, ours or any other.
@@ -219,34 +119,26 @@ class BulkEncoder:
     """
 
     def __init__(self, folder: Path):
-        self._fast = load_tokenizer(folder)
-        self._sentencepiece: SentencePieceProcessor | None = None
-        if (path := folder / "tokenizer.model").is_file():
-            model = read_model(path)
-            self._longest = _exact_length(model)
-            if self._longest and _refusal(model) is None and _same_engine(self._fast, to_fast(model)):
-                self._sentencepiece = SentencePieceProcessor(model_proto=model.SerializeToString())
-                # As many whole lines as are exact together, else one line, however long.
-                self._parts = re.compile(rf"(?s:.{{0,{self._longest - 1}}})\n|[^\n]+\n?")
+        fast = load_tokenizer(folder)
+        self.engine, self._encode = "tokenizers", _by_tokenizers(fast)
+        added = list(fast.get_added_tokens_decoder().values())
+        ordinary = [token for token in added if not token.special]
+        if any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in ordinary):
+            return
+        found = _by_sentencepiece(fast, folder / "tokenizer.model") or _by_tiktoken(fast)
+        if found is None:
+            return
+        self.engine, self._encode = found
+        if ordinary:
+            vocabulary = fast.get_vocab()
+            ids = {token.content: vocabulary[token.content] for token in ordinary}
+            self._encode = _around_tokens(self._encode, ids, [token.content for token in added])
 
-    def __call__(self, texts: list[str]) -> list[list[int]]:
+    def __call__(self, texts: list[str]) -> Sequence[Sequence[int]]:
         """The ids of each text."""
         for number, text in enumerate(texts):
             check_unicode(text, f"text {number} of this batch")
-        if self._sentencepiece is None:
-            return self._encode_fast(texts)
-        parts = [self._parts.findall(text) for text in texts]
-        flat = list(chain.from_iterable(parts))
-        exact = [len(part) <= self._longest and SPACE not in part for part in flat]
-        quick = [part for part, is_exact in zip(flat, exact, strict=True) if is_exact]
-        slow = [part for part, is_exact in zip(flat, exact, strict=True) if not is_exact]
-        by_sentencepiece = iter(self._sentencepiece.encode(quick, num_threads=1))  # callers run a process per core
-        by_tokenizers = iter(self._encode_fast(slow))
-        ids = (next(by_sentencepiece if is_exact else by_tokenizers) for is_exact in exact)
-        return [list(chain.from_iterable(islice(ids, len(own)))) for own in parts]
-
-    def _encode_fast(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        return self._encode(texts)
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -260,9 +152,246 @@ def check_unicode(text: str, what: str) -> None:
         ) from None
 
 
-def _same_engine(tokenizer: Tokenizer, converted: Tokenizer) -> bool:
-    """Whether two tokenizers cut documents alike: special tokens, which are no part of documents, may differ."""
-    ours, theirs = json.loads(tokenizer.to_str()), json.loads(converted.to_str())
-    return all(ours[part] == theirs[part] for part in ("model", "normalizer", "pre_tokenizer")) and all(
-        token["special"] for token in ours["added_tokens"]
+def _by_tokenizers(fast: Tokenizer) -> Encode:
+    return lambda texts: [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _around_tokens(encode: Encode, ids: dict[str, int], added: list[str]) -> Encode:
+    """Encodes what stands between the added tokens that are no special ones, and those to their ids.
+
+    As in `tokenizers`, the longest of the added tokens that begins first is found, special ones included, which then
+    stay text.
+    """
+    pattern = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
+
+    def cut(text: str) -> list[str]:
+        """Text and token in turn."""
+        parts, end = [], 0
+        for match in pattern.finditer(text):
+            if match[0] in ids:
+                parts += [text[end : match.start()], match[0]]
+                end = match.end()
+        return [*parts, text[end:]]
+
+    def encode_around(texts: list[str]) -> list[list[int]]:
+        parts = [cut(text) for text in texts]
+        between = iter(encode([part for own in parts for part in own[::2]]))
+        return [
+            [id for place, part in enumerate(own) for id in ([ids[part]] if place % 2 else next(between))]
+            for own in parts
+        ]
+
+    return encode_around
+
+
+# SentencePiece
+
+
+def _by_sentencepiece(fast: Tokenizer, path: Path) -> tuple[str, Encode] | None:
+    if not path.is_file():
+        return None
+    model = read_model(path)
+    if convert.lossless_refusal(model) is None and not convert.differing_part(fast, convert.to_lossless(model)):
+        longest = _exact_length(model)
+        return ("sentencepiece", _by_exact_lines(fast, model, longest)) if longest else None
+    config = json.loads((path.parent / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if config.get(SEAL) != seal(path.parent):
+        return None
+    return "sentencepiece", _by_parts(fast, model, newline_token(fast))
+
+
+def seal(folder: Path) -> str:
+    """What tokenizer_config.json keeps of a conversion that was found exact: a hash of the SentencePiece model and of
+    what cuts documents in the tokenizer made of it. Converting again, to compare, would take seconds."""
+    layout = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    parts = [layout[part] for part in ("normalizer", "pre_tokenizer", "model")]
+    model = (folder / "tokenizer.model").read_bytes()
+    return hashlib.sha256(model + json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _exact_length(model: ModelProto) -> int:
+    """The number of characters up to which SentencePiece's float32 sums are exact on this model; 0 where they never
+    are, or where a line cannot be encoded without its neighbours."""
+    scores = [piece.score for piece in model.pieces if piece.type == NORMAL]
+    on_grid = all((score * SCORE_GRID).is_integer() for score in scores)
+    with_newline = [piece.piece for piece in model.pieces if "\n" in piece.piece]
+    if not on_grid or with_newline != ["\n"]:
+        return 0
+    return int(2**24 / SCORE_GRID / (max(map(abs, scores)) + UNKNOWN_PENALTY))
+
+
+def _by_exact_lines(fast: Tokenizer, model: ModelProto, longest: int) -> Encode:
+    """For models of `tsumugu tokenizer train`: as many whole lines as are exact together."""
+    engine, by_tokenizers = convert.processor(model), _by_tokenizers(fast)
+    cut = re.compile(rf"(?s:.{{0,{longest - 1}}})\n|[^\n]+\n?").findall  # else one line, however long
+    return _joined(
+        cut,
+        lambda parts: engine.encode(parts, num_threads=1),  # callers run a process per core
+        by_tokenizers,
+        lambda part: len(part) <= longest and SPACE not in part,
     )
+
+
+def _by_parts(fast: Tokenizer, model: ModelProto, newline: str | None) -> Encode:
+    """For imported models: normalised by SentencePiece, cut where no piece reaches across, each part alone."""
+    engine = convert.processor(model)
+    if model.trainer_spec.model_type == model.trainer_spec.BPE:
+        if newline is None:
+            return lambda texts: engine.encode(texts, num_threads=1)
+        return lambda texts: engine.encode([map_newlines(text, newline) for text in texts], num_threads=1)
+    plain = convert.plain(model)
+    unnormalised = Tokenizer.from_str(fast.to_str())
+    unnormalised.normalizer = normalizers.Sequence([])  # type: ignore[assignment]
+    cut = _cutter(model, newline)
+
+    spec = model.normalizer_spec
+    simple = not (spec.precompiled_charsmap or spec.remove_extra_whitespaces)
+    prefix = SPACE if spec.add_dummy_prefix else ""
+
+    def parts(text: str) -> list[str]:
+        text = text if newline is None else map_newlines(text, newline)
+        if simple:  # faster than asking
+            return cut(prefix + text.replace(" ", SPACE)) if text else []
+        return cut(engine.normalize(text))
+
+    return _joined(
+        parts,
+        lambda parts: plain.encode(parts, num_threads=1),
+        without_specials(unnormalised),
+        lambda part: len(part) <= _LONGEST_PART,
+    )
+
+
+def map_newlines(text: str, token: str) -> str:
+    return text.replace("\r\n", token).replace("\n", token)
+
+
+def _cutter(model: ModelProto, newline: str | None) -> Callable[[str], list[str]]:
+    """Cuts normalised text where SentencePiece cuts in any case: before a run of spaces, and around newlines.
+
+    There are no such places where a piece reaches across them; then the text stays whole.
+    """
+    pieces = [piece.piece for piece in model.pieces if piece.type in (NORMAL, convert.USER_DEFINED)]
+    known = set(pieces) if not model.trainer_spec.byte_fallback else None  # None: unknown characters are bytes, alone
+    ends = newline or "\n"
+    after = {piece[at + 1] for piece in pieces for at, char in enumerate(piece[:-1]) if char == ends[-1]}
+    at_newline = not after and (known is None or ends[-1] in known)
+    at_space = not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in pieces) and (known is None or SPACE in known)
+    if at_newline and len(ends) == 1:
+        return re.compile(r"[^\n]*\n|[^\n]+").findall
+    if at_space:
+        return re.compile(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+").findall
+    return lambda text: [text] if text else []
+
+
+def _joined(cut: Callable[[str], list[str]], quick: Encode, slow: Encode, is_quick: Callable[[str], bool]) -> Encode:
+    """Encodes texts part by part: those that are fit for the quick engine there, the others by the slow one."""
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        parts = [cut(text) for text in texts]
+        flat = list(chain.from_iterable(parts))
+        fit = [is_quick(part) for part in flat]
+        if all(fit):
+            ids: Iterable = iter(quick(flat))
+        else:
+            by_quick = iter(quick([part for part, is_fit in zip(flat, fit, strict=True) if is_fit]))
+            by_slow = iter(slow([part for part, is_fit in zip(flat, fit, strict=True) if not is_fit]))
+            ids = (next(by_quick if is_fit else by_slow) for is_fit in fit)
+        return [list(chain.from_iterable(islice(ids, len(own)))) for own in parts]
+
+    return encode
+
+
+# tiktoken
+
+
+def _by_tiktoken(fast: Tokenizer) -> tuple[str, Encode] | None:
+    layout = json.loads(fast.to_str())
+    words, ranked = _words(layout["pre_tokenizer"]), _byte_ranks(layout["model"])
+    normalizer = layout["normalizer"]
+    if words is None or ranked is None or not (normalizer is None or normalizer == {"type": "NFC"}):
+        return None
+    ranks, ids = ranked
+    engine = tiktoken.Encoding("bulk", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    slow = _by_tokenizers(fast)
+    normalise = normalizers.NFC().normalize_str if normalizer else None
+
+    def encode(texts: list[str]) -> list[Sequence[int]]:
+        results: list[Sequence[int]] = []
+        for text in texts:
+            if _LONG_BLANK.search(text):
+                results += slow([text])
+                continue
+            if normalise and not text.isascii():
+                text = normalise(text)
+            results.append(ids[engine.encode_to_numpy(text, disallowed_special=())].tolist())
+        return results
+
+    return "tiktoken", encode
+
+
+def _words(pre_tokenizer: dict | None) -> str | None:
+    """The pattern of the words within which byte-level BPE merges, where tiktoken understands it alike."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return None
+    if len(steps) == 1:
+        return _GPT2_WORDS if steps[0]["use_regex"] else None
+    if len(steps) > 2 or steps[1]["use_regex"] or steps[0]["type"] != "Split":
+        return None
+    pattern = steps[0]["pattern"].get("Regex")
+    isolated = steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
+    return pattern if isolated and pattern in (_GPT2_WORDS, *_KNOWN_WORDS) else None
+
+
+def byte_characters() -> dict[str, int]:
+    """GPT-2's alphabet: the character that stands for each byte in byte-level vocabularies."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+def _byte_ranks(model: dict) -> tuple[dict[bytes, int], np.ndarray] | None:
+    """tiktoken's ranks of a byte-level BPE, and the id of each rank; None where the two would not merge alike.
+
+    tiktoken merges the neighbours whose joint has the lowest rank; `tokenizers` looks for pairs. The two agree when
+    each token is made by one pair, and merging the token's own bytes by ranks below its own ends in that pair: at
+    the moment tiktoken makes the token, nothing has been merged across its ends, so its inside has come about as it
+    does in the token alone.
+    """
+    plain = model["type"] == "BPE" and not any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
+    alphabet = byte_characters()
+    if not plain or any(char not in model["vocab"] for char in alphabet):
+        return None
+    tokens = [bytes([byte]) for byte in range(256)]
+    by_byte = {byte: char for char, byte in alphabet.items()}
+    ids = [model["vocab"][by_byte[byte]] for byte in range(256)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    for merge in model["merges"]:
+        left, right = merge if isinstance(merge, list) else merge.split(" ")
+        pair = [bytes(alphabet[char] for char in half) for half in (left, right)]
+        token = b"".join(pair)
+        if token in ranks or pair != _merged(token, ranks):
+            return None
+        ranks[token] = len(ids)
+        ids.append(model["vocab"][left + right])
+    # A word that is a token of its own, without a merge, is found by ignore_merges and by nothing else.
+    if model.get("ignore_merges") and len(ids) != len(
+        [token for token in model["vocab"] if set(token) <= set(alphabet)]
+    ):
+        return None
+    return ranks, np.array(ids)
+
+
+def _merged(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    parts = [token[at : at + 1] for at in range(len(token))]
+    while len(parts) > 1:
+        joints = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        lowest = min(joints)
+        if lowest == len(ranks):
+            break
+        at = joints.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts

@@ -1,9 +1,10 @@
-"""Training a SentencePiece unigram tokenizer that loses nothing of Japanese text.
+"""Training a tokenizer that loses nothing: SentencePiece unigram for Japanese, byte-level BPE for English.
 
-Text in, a folder with tokenizer.model, the fast tokenizer of the same ids, and the contract out. Which documents are
-fit for training is the caller's affair.
+Text in, a folder with the tokenizer (tokenizer.model beside it for SentencePiece) and the contract out. Which documents
+are fit for training is the caller's affair.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,19 +17,12 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN, write_contract
-from tsumugu.tokenizer.load import (
-    NORMAL,
-    SCORE_GRID,
-    SPACE,
-    check_conversion,
-    check_unicode,
-    save_tokenizer,
-    special_tokens,
-    to_fast,
-)
+from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE, compare, special_tokens, to_lossless
+from tsumugu.tokenizer.load import BulkEncoder, byte_characters, check_unicode, save_tokenizer, without_specials
 
 # The longest line, in UTF-8 bytes, that SentencePiece does not skip (its default, passed for the record).
 LONGEST_SENTENCE = 4192
@@ -82,6 +76,75 @@ def train_tokenizer(
     Raises:
         UserError: The output exists, the corpus is empty or not valid Unicode, or it does not allow this vocabulary.
     """
+    count, total = _measure(documents, output)
+    chosen = _Sample(documents, keep=sample_bytes / total, seed=seed)
+    model = _train(chosen, vocab_size, reserved)
+    tokenizer = to_lossless(model)
+    sample = [*GOLDEN, *(document[:2000] for document in islice(documents(), 1000))]
+    compare(model, without_specials(tokenizer), [text for text in sample if SPACE not in text])
+
+    with _folder(output) as partial:
+        (partial / "tokenizer.model").write_bytes(model.SerializeToString())
+        save_tokenizer(tokenizer, partial, special_tokens(model))
+        write_contract(partial)
+    return TrainingReport(count, total, chosen.bytes, chosen.skipped, len(model.pieces))
+
+
+def train_byte_level(
+    documents: Callable[[], Iterable[str]],
+    output: Path,
+    *,
+    vocab_size: int,
+    sample_bytes: int = 2_000_000_000,
+    reserved: int = 100,
+    seed: int = 1234,
+) -> TrainingReport:
+    """Train a byte-level BPE tokenizer, cut into words as GPT-2 does, and write its folder, whole or not at all.
+
+    The first ids are `<|endoftext|>`, which is bos and eos, `<|padding|>`, and the reserved ones. Every text comes back
+    from its ids, and none of it is unknown. Arguments, result and errors are those of `train_tokenizer`.
+    """
+    count, total = _measure(documents, output)
+    special = ["<|endoftext|>", "<|padding|>", *(f"<reserved_{number}>" for number in range(reserved))]
+    if (smallest := len(special) + 256) > vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is smaller than the bytes and special tokens need, which is {smallest}",
+            f"set --vocab-size to {smallest} or more",
+        )
+    sampled = 0
+
+    def sample() -> Iterator[str]:
+        nonlocal sampled
+        for index, document in enumerate(documents()):
+            if _uniform(seed, index) < sample_bytes / total:
+                sampled += len(document.encode())
+                yield document
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(byte_characters()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sample(), trainer)
+    if (made := tokenizer.get_vocab_size()) < vocab_size:
+        raise UserError(
+            f"a vocabulary of {vocab_size} is larger than the corpus allows, which is {made}",
+            f"set --vocab-size to {made} or less, or give more text",
+        )
+    names = {"bos_token": special[0], "eos_token": special[0], "pad_token": special[1]}
+    with _folder(output) as partial:
+        save_tokenizer(tokenizer, partial, names)
+        write_contract(partial)
+        assert BulkEncoder(partial).engine == "tiktoken"
+    return TrainingReport(count, total, sampled, 0, vocab_size)
+
+
+def _measure(documents: Callable[[], Iterable[str]], output: Path) -> tuple[int, int]:
+    """Documents and bytes of the corpus; raises UserError where it or the output cannot be used."""
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and is not empty", "choose another --output or remove it")
     count = total = 0
@@ -92,19 +155,17 @@ def train_tokenizer(
     if total == 0:
         raise UserError("the corpus is empty: there is no text to train a tokenizer on", "check --input")
 
-    sample = _Sample(documents, keep=sample_bytes / total, seed=seed)
-    model = _train(sample, vocab_size, reserved)
-    tokenizer = to_fast(model)
-    check_conversion(model, tokenizer, [*GOLDEN, *(document[:2000] for document in islice(documents(), 1000))])
+    return count, total
 
+
+@contextlib.contextmanager
+def _folder(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` when what is done in it has succeeded."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a killed run
     partial.mkdir(parents=True)
-    (partial / "tokenizer.model").write_bytes(model.SerializeToString())
-    save_tokenizer(tokenizer, partial, special_tokens(model))
-    write_contract(partial)
+    yield partial
     os.replace(partial, output)
-    return TrainingReport(count, total, sample.bytes, sample.skipped, len(model.pieces))
 
 
 class _Sample:

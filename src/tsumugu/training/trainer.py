@@ -30,7 +30,7 @@ from tsumugu.errors import UserError
 from tsumugu.model import build
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
-from tsumugu.tokenizer.contract import Contract, copy_tokenizer, read_contract
+from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
@@ -466,7 +466,7 @@ def _model_config(
     """
     model, own_tokenizer = config.model, config.tokenizer.path
     if own_tokenizer is not None:
-        _check_tokenizer(own_tokenizer, contract, "tokenizer.path", own_tokenizer)
+        _check_tokenizer(own_tokenizer, contract, "tokenizer.path", own_tokenizer, _extension(config, own_tokenizer))
     if model.preset is not None:
         result = preset_config(model.preset, contract)
     elif model.config is not None:
@@ -483,7 +483,9 @@ def _model_config(
         folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
         result = build.read_config(str(folder))
         if own_tokenizer is None or (folder / "contract.json").exists():
-            _check_tokenizer(str(folder), contract, "model.pretrained", name)
+            _check_tokenizer(str(folder), contract, "model.pretrained", name, _extension(config, str(folder)))
+        if _new_rows(config, folder):
+            result.vocab_size = max(result.vocab_size, contract.vocab_size)
     if contract.vocab_size > result.vocab_size:
         raise UserError(
             f"the store's tokenizer has {contract.vocab_size} ids, the model only {result.vocab_size}",
@@ -498,19 +500,32 @@ def _model_config(
     return result
 
 
-def _check_tokenizer(path: str, contract: Contract, key: str, name: str) -> None:
+def _extension(config: TrainingRun, path: str) -> build.NewRows:
+    """The rows that the store's tokenizer has beyond the one at `path`, where it is an extension of that."""
+    if not (Path(path) / "contract.json").exists():
+        return []
+    return new_rows(Path(config.data.store) / "tokenizer", read_contract(Path(path))) or []
+
+
+def _new_rows(config: TrainingRun, pretrained: Path) -> build.NewRows:
+    """The rows that a pretrained model lacks for the store's tokenizer: by its own contract, or tokenizer.path."""
+    return _extension(config, str(pretrained)) or _extension(config, config.tokenizer.path or str(pretrained))
+
+
+def _check_tokenizer(path: str, contract: Contract, key: str, name: str, extension: build.NewRows = ()) -> None:
     if not (Path(path) / "contract.json").exists():
         raise UserError(
             f"{key} {name}: no contract of its tokenizer, so that the store's ids cannot be compared with it",
             "set tokenizer.path to a tokenizer folder of tsumugu that is that model's",
         )
-    if read_contract(Path(path)).fingerprint != contract.fingerprint:
+    if read_contract(Path(path)).fingerprint != contract.fingerprint and not extension:
         raise UserError(f"the store was made with another tokenizer than {key} {name}", f"prepare it with {path}")
 
 
 def _starting_weights(config: TrainingRun):
     if config.model.pretrained is not None:
-        return build.pretrained(build.find_pretrained(config.model.pretrained))
+        folder = build.find_pretrained(config.model.pretrained)
+        return build.pretrained(folder, _new_rows(config, folder))
     return build.initialised(config.train.seed)
 
 

@@ -1,0 +1,148 @@
+"""Conversion of SentencePiece models of every kind, against SentencePiece itself."""
+
+import random
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from tsumugu.errors import UserError
+from tsumugu.tokenizer.contract import GOLDEN
+from tsumugu.tokenizer.convert import compare, processor, read_model, to_fast
+from tsumugu.tokenizer.load import without_specials
+from tsumugu.tokenizer.normalize import read_charsmap
+
+OWN = ["<nl>", "\n", "==>", "である"]
+# kind, rule, dummy prefix, extra spaces removed, byte fallback, user-defined pieces
+KINDS = [
+    ("unigram", "identity", True, True, True, []),
+    ("unigram", "identity", True, False, False, OWN),
+    ("unigram", "identity", False, True, False, []),
+    ("unigram", "identity", False, False, True, OWN),
+    ("unigram", "nmt_nfkc", True, True, False, []),
+    ("unigram", "nmt_nfkc", True, True, True, ["\n"]),
+    ("unigram", "nmt_nfkc", True, False, True, []),
+    ("unigram", "nfkc", False, True, True, []),
+    ("unigram", "nfkc", False, False, False, OWN),
+    ("bpe", "identity", True, True, False, []),
+    ("bpe", "identity", True, False, True, OWN),
+    ("bpe", "identity", False, False, True, ["\n"]),
+    ("bpe", "nmt_nfkc", True, True, False, OWN),
+    ("bpe", "nfkc", False, False, True, []),
+]
+
+
+@pytest.fixture(scope="module")
+def models(train_plainly) -> dict[tuple, ModelProto]:
+    names = ("model_type", "normalization_rule_name", "add_dummy_prefix", "remove_extra_whitespaces", "byte_fallback")
+    return {
+        str(kind): train_plainly(**dict(zip(names, kind[:5], strict=True)), user_defined_symbols=kind[5])
+        for kind in KINDS
+    }
+
+
+def spelt(texts: list[str]) -> list[str]:
+    """More texts, around what converters get wrong: control pieces, user-defined pieces, runs, combining characters."""
+    draw = random.Random(3)
+    parts = [
+        *("<nl>", "==>", "である", "\n", "</s>", "<unk>", "<s>", "<0x41>", " ", "▁", "  ", "ー", "ーー", "wx", "Ａ")
+    ]
+    parts += [*"かe\u3099ﾞ\u0301\u0323\u0338\u200dﷺ㌔\u1100\u1161\u11a8İß\r\0"]
+    mixed = ["".join(draw.choices(parts, k=draw.randrange(1, 12))) for _ in range(1000)]
+    runs = [char * count for char in "ー. =あa▁" for count in range(1, 20)]
+    return [*GOLDEN, *texts[:500], *mixed, *runs]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)).replace("\n", "n"))
+def test_ids_and_text_are_sentencepieces_own(kind: tuple, models: dict, texts: list[str]):
+    model = models[str(kind)]
+    tokenizer, engine, strings = to_fast(model), processor(model), spelt(texts)
+    made = compare(model, without_specials(tokenizer), strings)
+    assert made.strings == len(strings)
+    assert made.ties <= (len(strings) / 20 if kind[0] == "unigram" else 0)
+    if kind[3] and not kind[4]:  # see convert._decoder
+        strings = [text for text in strings if not text.strip().startswith("▁")]
+    ids = engine.encode(strings)
+    decoded = [tokenizer.decode(of_text, skip_special_tokens=False) for of_text in ids]
+    assert decoded == engine.decode(ids)
+
+
+def differing(model: ModelProto, texts: list[str]) -> list[str]:
+    engine, normalize = processor(model), to_fast(model).normalizer.normalize_str
+    return [text for text in texts if engine.normalize(text) != normalize(text)]
+
+
+@pytest.mark.parametrize("kind", [str(KINDS[place]) for place in (4, 8)])
+def test_normalised_text_is_sentencepieces_for_every_character_and_entry_and_for_mixtures(kind: str, models: dict):
+    model = models[kind]
+    entries = read_charsmap(model.normalizer_spec.precompiled_charsmap)
+    draw = random.Random(11)
+    characters = [chr(code) for code in (*range(0xD800), *range(0xE000, sys.maxunicode + 1))]
+    # a hundred to a text, apart, so that each is met alone
+    apart = ["x".join(characters[start : start + 100]) for start in range(0, len(characters), 100)]
+    several = sorted(entry for entry in entries if len(entry) > 1)
+    pools = [
+        [entry[0] for entry in several],
+        sorted({char for entry in several for char in entry[1:]}),
+        [char for char in characters if unicodedata.category(char)[0] == "M"],
+        [entry for entry in entries if len(entry) == 1],
+        [char for entry in several for char in entry if 0x10500 < ord(char) < 0x1CC00],  # the youngest scripts
+        [*" \r\n\t\u200d\ufe0f\u3099ﾞﾟかカｶe日本\0"],
+        characters,
+    ]
+    mixtures = ["".join(draw.choice(draw.choice(pools)) for _ in range(draw.randrange(1, 14))) for _ in range(8000)]
+    assert differing(model, [*apart, *(f"x{entry}y" for entry in draw.sample(several, 8000)), *mixtures]) == []
+
+
+def test_the_charsmap_is_read_as_sentencepiece_reads_it(models: dict):
+    model = models[str(KINDS[8])]
+    entries, engine = read_charsmap(model.normalizer_spec.precompiled_charsmap), processor(model)
+    for key in random.Random(2).sample(sorted(entries), 5000):
+        assert engine.normalize(key) == entries[key].replace(" ", "▁")
+
+
+def test_literal_space_symbol_and_nul(models: dict):
+    identity, nmt = models[str(KINDS[1])], models[str(KINDS[4])]
+    for model in (identity, nmt):
+        tokenizer, engine = to_fast(model), processor(model)
+        for text in ("▁", "a▁b", "▁▁a", "a▁ ▁", "a\0b"):
+            assert tokenizer.encode(text).ids == engine.encode(text)
+    assert to_fast(identity).decode(to_fast(identity).encode("a▁b").ids) == "a b"  # a space, as in SentencePiece
+
+
+def test_special_pieces_are_found_by_servers_and_not_in_documents(models: dict):
+    model = models[str(KINDS[0])]
+    tokenizer = to_fast(model)
+    assert [tokenizer.token_to_id(token) for token in ("<unk>", "<s>", "</s>")] == [0, 1, 2]
+    assert tokenizer.encode("</s>").ids == [2]
+    assert without_specials(tokenizer)(["</s>"]) == [processor(model).encode("</s>")]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "word", "byte_fallback": False, "hard_vocab_limit": False}, "WORD"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "which composing does not"),
+        ({"control_symbols": ["猫\u1234"], "character_coverage": 1.0}, None),
+        ({"user_defined_symbols": ["<0xab>"]}, "decoded as a byte"),
+        ({"user_defined_symbols": ["Ａ Ｂ"], "normalization_rule_name": "nfkc"}, "which its normalisation"),
+        ({"user_defined_symbols": ["a b"], "remove_extra_whitespaces": True}, "holds a space"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused_by_name(train_plainly, options: dict, reason: str | None):
+    model = train_plainly(**options)
+    if reason is None:
+        assert compare(model, without_specials(to_fast(model)), ["猫\u1234", "この猫\u1234は"]).ties == 0
+    else:
+        with pytest.raises(UserError, match=reason):
+            to_fast(model)
+
+
+def test_real_models_differ_in_ties_only(real_models: list[Path], sample: list[str]):
+    for path in real_models:
+        model = read_model(path)
+        made = compare(model, without_specials(to_fast(model)), [*GOLDEN, *sample])
+        assert made.ties <= made.strings / 1000
