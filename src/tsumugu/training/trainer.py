@@ -504,7 +504,7 @@ def _extension(config: TrainingRun, path: str) -> build.NewRows:
     """The rows that the store's tokenizer has beyond the one at `path`, where it is an extension of that."""
     if not (Path(path) / "contract.json").exists():
         return []
-    return new_rows(Path(config.data.store) / "tokenizer", read_contract(Path(path))) or []
+    return new_rows(Path(config.data.entries[0].path) / "tokenizer", read_contract(Path(path))) or []
 
 
 def _new_rows(config: TrainingRun, pretrained: Path) -> build.NewRows:
