@@ -9,6 +9,7 @@ import pytest
 
 from tsumugu import config
 from tsumugu.cli import main
+from tsumugu.data.mixture import mix
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -52,3 +53,15 @@ def test_the_english_recipe_runs(tmp_path, monkeypatch):
     assert main(["prepare", "--config", prepare]) == 0
     shorter = ["--train.max_epochs=null", "--train.max_steps=2", "--schedule.warmup_steps=0", "--evaluate.batches=1"]
     assert main(["train", "--config", pretrain, "--run-dir", "run", *shorter]) == 0
+
+
+def test_the_mixture_recipe_anneals_while_the_learning_rate_decays():
+    loaded = config.load(config.TrainingRun, [str(ROOT / "recipes" / "mixture-pretrain.yaml")])
+    [stage] = loaded.data.stages
+    assert loaded.train.max_steps is not None
+    assert stage.from_step == loaded.train.max_steps - (loaded.schedule.decay_steps or 0)
+    mixture = mix(loaded.data, [10**7, 10**6, 10**5], 20_000 * 512, 512, seed=1)
+    # the annealing stage wants 0.4 of its 2,048,000 rows from 100,000 that may be read four times
+    rest = (2_048_000 - 400_000) // 2
+    assert [list(stage) for stage in mixture.counts] == [[6_144_000, 2_048_000, 0], [rest, rest, 400_000]]
+    assert mixture.cut == {"encyclopaedia"}

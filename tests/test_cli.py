@@ -342,9 +342,9 @@ def test_corpora_that_cannot_be_used(made, tmp_path, refused, tokenizer_folder):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "ok"}\n{"text": "cut\n', encoding="utf-8")
     assert "broken.jsonl, line 2: not JSON" in prepared(broken)
-    line = prepared(write_jsonl(tmp_path / "column.jsonl", [{"body": "a", "title": "b"}]))
-    assert "no column text" in line
-    assert "body, title" in line
+    line = prepared(write_jsonl(tmp_path / "column.jsonl", [{"one": "a", "two": "b"}]))
+    assert "which column holds the text" in line
+    assert "one, two" in line
 
 
 def test_vocabularies_that_the_corpus_does_not_allow(made, tmp_path, refused):

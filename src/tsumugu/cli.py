@@ -69,7 +69,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     quickstart = command(commands, "quickstart", _quickstart, "the whole way on the built-in corpus, or on your own")
     quickstart.add_argument("--work-dir", default="quickstart", help="folder for everything (default: quickstart)")
     quickstart.add_argument("--input", nargs="+", metavar="PATH", help="your own text in place of the built-in corpus")
-    quickstart.add_argument("--text", default="text", metavar="COLUMN", help="its text column (default: text)")
+    quickstart.add_argument("--text", metavar="COLUMN", help="its text column (default: found)")
     quickstart.add_argument("--vocab-size", type=_whole(1), metavar="N", help="default: by the size of the corpus")
     quickstart.add_argument("--yes", action="store_true", help="do not ask before the long part")
 
@@ -137,6 +137,12 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     prepare.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     prepare.add_argument("--output", metavar="DIR", help="in place of prepare.output")
     prepare.add_argument("--verify", action="store_true", help="compare a finished store with its hashes")
+    prepare.add_argument(
+        "--preview",
+        type=_whole(1),
+        metavar="N",
+        help="show what would be done to N documents of each source",
+    )
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     train = command(
@@ -293,7 +299,7 @@ def _sample(options: argparse.Namespace) -> list[str]:
 
 def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu import config
-    from tsumugu.data.prepare import describe, prepare
+    from tsumugu.data.prepare import describe, prepare, warnings
     from tsumugu.data.store import verify
 
     if options.output:
@@ -304,7 +310,19 @@ def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
         verify(Path(output))
         print(f"{output}: every file is what was written")
         return 0
+    if options.preview:
+        from rich.console import Console
+
+        from tsumugu.data.preview import preview, show
+
+        show(preview(preparation.prepare, options.preview), Console(highlight=False))
+        return 0
     manifest = prepare(preparation.prepare)
+    if "submitted" in manifest:
+        print(f"{output}: {manifest['submitted']}")
+        return 0
+    for line in warnings(manifest):
+        print(f"tsumugu: warning: {line}", file=sys.stderr)
     print(f"{output}: {'already done: ' if manifest.get('already_done') else ''}{describe(manifest)}")
     return 0
 

@@ -27,56 +27,70 @@ class CleanConfig:
     rules: Literal["none", "normalize", "swallow"] | None = None
     """none: text as it is. normalize: characters are mended. swallow: also the quality rules of Swallow Corpus v1.
     Default: normalize for text, none for instructions."""
-    fullwidth_ascii: bool = True
-    """normalize: full-width letters, digits and signs become ASCII."""
-    halfwidth_kana: bool = True
-    """normalize: half-width kana become full-width, with their voicing marks."""
-    compatibility_ideographs: bool = True
-    """normalize: CJK compatibility ideographs become their unified forms."""
-    punctuation: bool = True
-    """normalize: ， and ． become 、 and 。 (between digits: comma and point)."""
     control_characters: bool = True
-    """normalize: control characters other than tab and newline go."""
+    """normalize: control and invisible characters go (not tab, newline, joiners); every line end becomes a newline."""
     mojibake: Literal["repair", "drop", "keep"] = "repair"
-    """normalize: text decoded with the wrong encoding is repaired where that is reversible, else dropped."""
+    """normalize, ja and en: text decoded with the wrong encoding is repaired where that is reversible, else dropped."""
+    fullwidth_ascii: bool = True
+    """normalize, ja: full-width letters, digits and signs become ASCII; Japanese punctuation such as （）！？ stays."""
+    halfwidth_kana: bool = True
+    """normalize, ja: half-width kana and ｡｢｣､･ become full-width, a voicing mark joins its kana."""
+    compatibility_ideographs: bool = True
+    """normalize, ja: CJK compatibility ideographs and radicals become the unified kanji."""
+    punctuation: bool = True
+    """normalize, ja: ， and ． become 、 and 。 in documents that use them instead of 、 and 。, not between digits."""
     min_letters: int = 400
-    """swallow: letters of any script."""
+    """swallow, ja: least number of characters of any kind. 0 switches a minimum off."""
     min_japanese_letters: int = 400
-    """swallow: hiragana, katakana and kanji."""
+    """swallow, ja: least number of hiragana, katakana, kanji and 、。！？."""
     min_hiragana: float = 0.2
-    """swallow: share of hiragana among the letters."""
+    """swallow, ja: share of hiragana among the Japanese letters."""
     max_katakana: float = 0.5
-    """swallow: share of katakana among the letters."""
+    """swallow, ja: share of katakana among the Japanese letters. 1 switches a share off."""
     min_japanese: float = 0.5
-    """swallow: share of Japanese letters among the letters."""
+    """swallow, ja: share of Japanese letters among all characters: what is below is not Japanese."""
+    min_latin: float = 0.5
+    """swallow, en: share of Latin letters among the letters of all scripts: what is below is not English."""
     min_mean_sentence: float = 20
-    """swallow: mean length of sentences in characters."""
+    """swallow, ja: mean length of sentences in characters."""
     max_mean_sentence: float = 90
-    """swallow: the same, at most."""
-    max_sentence: int = 200
-    """swallow: longest sentence in characters."""
+    """swallow, ja: the same, at most. .inf switches a length off."""
+    max_longest_sentence: float = 200
+    """swallow, ja: longest sentence in characters."""
     max_ellipsis: float = 0.2
-    """swallow: share of sentences that end in an ellipsis."""
+    """swallow, ja: share of sentences that end in … or ・."""
     max_duplicate_paragraphs: float = 0.30
-    """swallow: share of paragraphs that repeat an earlier one."""
+    """swallow, ja: share of lines that repeat an earlier one."""
     max_duplicate_paragraph_characters: float = 0.20
-    """swallow: the same, by characters."""
+    """swallow, ja: the same, by characters."""
     max_duplicate_sentences: float = 0.30
-    """swallow: share of sentences that repeat an earlier one."""
+    """swallow, ja: share of sentences that repeat an earlier one."""
     max_duplicate_sentence_characters: float = 0.20
-    """swallow: the same, by characters."""
+    """swallow, ja: the same, by characters."""
     max_top_ngrams: list[float] = field(default_factory=lambda: [0.20, 0.18, 0.16])
-    """swallow: share of the most frequent 2-, 3- and 4-gram."""
+    """swallow, ja: share of the most frequent 2, 3 and 4 characters among all such. [1, 1, 1] switches them off."""
     max_duplicate_ngrams: list[float] = field(default_factory=lambda: [0.15, 0.14, 0.13, 0.12, 0.11, 0.10])
-    """swallow: share of repeated 5- to 10-grams."""
+    """swallow, ja: share of different 5 to 10 characters that occur again. [1, 1, 1, 1, 1, 1] switches them off."""
     ng_words: str | None = None
-    """Any rules but none: a file of words, one a line; documents with too many of them are dropped."""
+    """normalize and swallow: a file of words, one a line; documents with too many of them are dropped."""
     max_ng_words: float = 0.05
-    """Share of a document's characters that NG words may cover."""
+    """Characters that NG words may cover, over the Japanese letters of a document (en, code: over all characters)."""
     mask: list[Literal["email", "phone", "ip", "my_number"]] = field(default_factory=list)
-    """Any rules but none: personal data that is replaced by a placeholder of its kind."""
+    """normalize and swallow: personal data that becomes <email>, <phone>, <ip_address> or <my_number>."""
     hojichar: list[dict[str, Any]] = field(default_factory=list)
-    """Any rules but none: filters of HojiChar (pip install hojichar), each `name` and its arguments, applied last."""
+    """normalize and swallow: document filters of HojiChar (pip install hojichar), `name` and arguments; come last."""
+
+    def __post_init__(self):
+        for key, value in vars(self).items():
+            if isinstance(value, (int, float)) and not value >= 0:
+                raise UserError(f"clean.{key} is {value}", "use 0 or more")
+        for key, count in (("max_top_ngrams", 3), ("max_duplicate_ngrams", 6)):
+            limits = getattr(self, key)
+            if len(limits) != count or not all(limit >= 0 for limit in limits):
+                raise UserError(f"clean.{key} is {limits}", f"use {count} shares from 0 to 1")
+        for index, item in enumerate(self.hojichar):
+            if not isinstance(item.get("name"), str):
+                raise UserError(f"clean.hojichar[{index}] has no name", "name a filter of HojiChar, such as DiscardAds")
 
 
 # What a source changes of prepare.clean: the same keys, null where prepare.clean holds.
@@ -96,13 +110,13 @@ class Source:
     name: str
     """Name of the source, in manifests and figures."""
     path: str | list[str]
-    """Files, folders or globs, local, s3:// or hf://datasets/NAME/..., of .txt (a document a file), .jsonl, .parquet."""
+    """Files, folders or globs, local, s3:// or hf://datasets/NAME/: .txt (a document a file), .jsonl, .parquet."""
     kind: Literal["text", "instructions"] = "text"
     """text: documents. instructions: questions and answers, or conversations."""
     text: str | None = None
     """The column that holds the text; default: found, where there is one candidate."""
     fields: dict[str, str] = field(default_factory=dict)
-    """For instructions: our field name (instruction, input, output, prompt, response, messages, ...) to the column's."""
+    """For instructions: our name of a field (instruction, output, messages, ...) to the column that holds it."""
     language: Literal["ja", "en", "code"] = "ja"
     """Language of the source: rules of Japanese touch ja only."""
     clean: SourceCleanConfig = field(default_factory=SourceCleanConfig)  # pyright: ignore[reportInvalidTypeForm]
@@ -145,7 +159,7 @@ class PrepareConfig:
     """Normalisation and quality rules."""
     deduplicate: Literal["none", "exact", "near"] = "none"
     """Of equal (near: very similar) documents only the first stays."""
-    min_similarity: float = 0.5
+    min_similarity: float = 0.4
     """near: least Jaccard similarity of character 5-grams at which the later document is removed."""
     contamination: list[str] = field(default_factory=list)
     """Files of benchmarks (as sources' paths); documents that hold a long stretch of one are dropped."""
@@ -182,6 +196,15 @@ class PrepareConfig:
         if not 0.3 <= self.min_similarity <= 1:
             raise UserError(f"prepare.min_similarity is {self.min_similarity}", "use a similarity from 0.3 to 1")
         for index, source in enumerate(self.sources):
+            try:
+                rules = self.clean_of(source).rules
+            except UserError as error:
+                raise UserError(f"prepare.sources[{index}].{error.message}", error.hint) from None
+            if source.kind == "instructions" and rules == "swallow":
+                raise UserError(
+                    f"prepare.sources[{index}]: clean.rules is swallow, which measures documents, for instructions",
+                    "set it to normalize or none",
+                )
             share = source.validation_share
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"prepare.sources[{index}].validation_share is {share}", "use a share from 0 to 1")
@@ -237,11 +260,41 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixedStore:
+    """One store of a mixture."""
+
+    name: str
+    """Name of the store, in figures and in data.stages."""
+    path: str
+    """The token store made by `tsumugu prepare`."""
+    weight: float | None = None
+    """Its share of the rows, relative to the other weights (one of weight, tokens); 0: in later stages, or never."""
+    tokens: int | None = None
+    """Tokens over the whole run, spread evenly; weights divide the rest."""
+    max_epochs: float | None = None
+    """At most so many passes over it in the whole run; what it may not take goes to the others by weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Other weights from a step on."""
+
+    from_step: int
+    """Steps done when these weights begin to hold: the checkpoint of that step is the last without them."""
+    weights: dict[str, float]
+    """The weight of every store that has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how rows are made of it."""
 
-    store: str
-    """The token store made by `tsumugu prepare`."""
+    store: str | None = None
+    """The token store made by `tsumugu prepare` (one of store, stores)."""
+    stores: list[MixedStore] = field(default_factory=list)
+    """Several token stores, read as a mixture."""
+    stages: list[Stage] = field(default_factory=list)
+    """With data.stores: other weights from a step on, as for annealing or replay."""
     sequence_length: int = 2048
     """Inputs a row; a row reads one token more."""
     packing: Literal["concatenate", "pad_left"] = "concatenate"
@@ -249,6 +302,60 @@ class DataConfig:
 
     def __post_init__(self):
         _require_positive("data.sequence_length", self.sequence_length)
+        if self.store is not None and self.stores:
+            raise UserError("data.store and data.stores are set, of which only one may be", "set data.store to null")
+        if self.store is None and not self.stores:
+            raise UserError("neither data.store nor data.stores is set", "name the token store")
+        names = [store.name for store in self.stores]
+        if len(set(names)) < len(names):
+            raise UserError(f"data.stores has the same name twice: {', '.join(names)}", "name each store")
+        for index, store in enumerate(self.stores):
+            self._check_store(f"data.stores[{index}]", store)
+        weights = [store.weight for store in self.stores if store.weight is not None]
+        if weights and not any(weights):
+            raise UserError("no weight of data.stores is above 0", "give a store a weight")
+        if self.stages and not self.stores:
+            raise UserError("data.stages is set without data.stores", "name the stores there")
+        for index, stage in enumerate(self.stages):
+            self._check_stage(f"data.stages[{index}]", stage)
+        steps = [0, *(stage.from_step for stage in self.stages)]
+        for index, (earlier, later) in enumerate(itertools.pairwise(steps)):
+            if later <= earlier:
+                raise UserError(
+                    f"data.stages[{index}].from_step is {later}, not above {earlier}", "list stages in their order"
+                )
+
+    def _check_store(self, key: str, store: MixedStore) -> None:
+        if not re.fullmatch(r"[\w.-]+", store.name):
+            raise UserError(f"{key}.name is {store.name!r}", "use letters, digits, and the signs . _ -")
+        if (store.weight is None) == (store.tokens is None):
+            found = "neither weight nor tokens" if store.weight is None else "weight and tokens"
+            raise UserError(f"{key} ({store.name}) has {found}", "give it one of the two")
+        if store.weight is not None:
+            _require_not_negative(f"{key}.weight", store.weight)
+        _require_positive(f"{key}.tokens", store.tokens)
+        _require_positive(f"{key}.max_epochs", store.max_epochs)
+        if store.tokens is not None and self.packing != "concatenate":
+            raise UserError(
+                f"{key}.tokens counts full rows, data.packing {self.packing} has shorter ones", "give it a weight"
+            )
+
+    def _check_stage(self, key: str, stage: Stage) -> None:
+        weighted = [store.name for store in self.stores if store.weight is not None]
+        for name, weight in stage.weights.items():
+            if name not in weighted:
+                reason = "has tokens" if name in [store.name for store in self.stores] else "is no name in data.stores"
+                raise UserError(f"{key}.weights: {name} {reason}", f"stores with a weight: {', '.join(weighted)}")
+            _require_not_negative(f"{key}.weights.{name}", weight)
+        if missing := [name for name in weighted if name not in stage.weights]:
+            raise UserError(f"{key}.weights lacks {', '.join(missing)}", "name every store with a weight, 0 for none")
+        if not any(stage.weights.values()):
+            raise UserError(f"{key}: no weight is above 0", "give a store a weight")
+
+    @property
+    def entries(self) -> list[MixedStore]:
+        """data.stores, or the one store as such a list."""
+        return [MixedStore(name="store", path=self.store, weight=1)] if self.store is not None else self.stores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +484,7 @@ class EvaluateConfig:
     every: int | None = None
     """Steps between validations; one is always done before the first and after the last step."""
     batches: int | None = None
-    """Global batches a validation; default: the whole validation split."""
+    """Global batches a validation (of each store); default: the whole validation split."""
 
     def __post_init__(self):
         _require_positive("evaluate.every", self.every)
@@ -414,6 +521,11 @@ class TrainingRun:
             raise UserError(
                 f"the model must come from one place, but {found} is set",
                 "set one of model.preset, model.pretrained, model.config, train.start_from",
+            )
+        if len(self.data.stores) > 1 and self.train.max_epochs is not None:
+            raise UserError(
+                "train.max_epochs is set with several stores, of which each has its own epochs",
+                "set train.max_steps or train.max_tokens, and max_epochs of data.stores",
             )
         if self.schedule.min_learning_rate > self.optimizer.learning_rate:
             raise UserError("schedule.min_learning_rate is above optimizer.learning_rate", "lower it")

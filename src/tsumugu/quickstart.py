@@ -21,8 +21,9 @@ from rich.table import Table
 
 from tsumugu import config as configuration
 from tsumugu.data import corpus
-from tsumugu.data.instructions import FIELDS
-from tsumugu.data.prepare import describe, hash_share, prepare
+from tsumugu.data.instructions import messages_of, question_key
+from tsumugu.data.prepare import describe, prepare, training_texts
+from tsumugu.data.steps import hash_share
 from tsumugu.data.store import open_store
 from tsumugu.errors import UserError
 from tsumugu.export import export
@@ -40,14 +41,14 @@ _OWN_TEXT_STEPS = 800
 
 
 def quickstart(
-    work_dir: Path, inputs: list[str] | None, text: str, *, vocab_size: int | None = None, ask: bool = True
+    work_dir: Path, inputs: list[str] | None, text: str | None, *, vocab_size: int | None = None, ask: bool = True
 ) -> int:
     """Text → tokenizer → stores → pretraining → instruction tuning → Hugging Face folder → generated text.
 
     Args:
         work_dir: Folder for everything that is made.
         inputs: The user's own corpus for pretraining; None: the built-in one.
-        text: Its text column.
+        text: Its text column; None: found.
         vocab_size: Default: by the size of the corpus.
         ask: Before a long run on one's own text, say how long it will take and wait for a yes.
 
@@ -104,7 +105,7 @@ def quickstart(
     return 0
 
 
-def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[str, str]:
+def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str | None) -> dict[str, str]:
     """The recipe files in the work folder; those that lie there already stay as they are."""
     sample = resources.files("tsumugu") / "sample"
     for folder in ("corpus", "recipes"):
@@ -122,8 +123,9 @@ def _write_recipes(work_dir: Path, inputs: list[str] | None, text: str) -> dict[
         if inputs and name == "prepare":
             content = _set(content, "name", "own-text")
             content = _set(content, "path", inputs)
-            content = _set(content, "text", text)
-            content = _set(content, "validation_share", _validation_share(inputs, text))
+            column = text or corpus.find_text_column(corpus.plan(corpus.find_files(inputs)))
+            content = _set(content, "text", column)
+            content = _set(content, "validation_share", _validation_share(inputs, column))
         if inputs and name == "pretrain":
             content = content.replace("max_epochs:", "max_steps:").replace("evaluate:", "evaluate:\n  batches: 50")
             content = _set(content, "max_steps", _OWN_TEXT_STEPS)
@@ -160,17 +162,13 @@ def _validation_share(inputs: list[str], text: str) -> float:
 
 
 def _tokenizer(preparation: configuration.PrepareConfig, vocab_size: int | None) -> str:
-    output, share = Path(preparation.tokenizer), preparation.validation_share
+    output = Path(preparation.tokenizer)
     if (output / "contract.json").exists():
         return f"already done: {read_contract(output).vocab_size:,} ids"
-    pieces = [(source.text, corpus.plan(corpus.find_files(source.path))) for source in preparation.sources]
-    size = sum(piece.size for _, planned in pieces for piece in planned)
+    size = sum(piece.size for source in preparation.sources for piece in corpus.plan(corpus.find_files(source.path)))
 
-    def documents() -> Iterator[str]:
-        for column, planned in pieces:
-            for document in corpus.texts(planned, column):
-                if hash_share({"text": document}) >= share:  # what is held out is held out from the tokenizer too
-                    yield document
+    def documents() -> Iterator[str]:  # what is held out is held out from the tokenizer too
+        return training_texts(preparation)
 
     sizes = [vocab_size] if vocab_size else [n for n in _VOCABULARIES if n <= max(4000, size / 1000)]
     report = _train_fitting(documents, output, sizes)
@@ -242,16 +240,16 @@ def _show_generations(
         reply, _ = base.generate(prompt, max_new_tokens=60)
         console.print(f"[base]     {prompt} ▸ {reply}", markup=False)
     source = instructions.sources[0]
-    columns = {field: source.fields.get(field, field) for field in FIELDS}
     shown = 0
-    for piece in corpus.plan(corpus.find_files(source.path)):
-        for record in corpus.read_records(piece):
-            values = {field: record.values.get(column) or "" for field, column in columns.items()}
-            if values["input"] or hash_share(values) < instructions.validation_share or shown == 3:
-                continue
-            reply, stopped = instruct.generate(values["instruction"], max_new_tokens=120)
-            console.print(f"[instruct] {values['instruction']} ▸ {reply}{'' if stopped else ' …'}", markup=False)
-            shown += 1
+    for record in corpus.records(corpus.plan(corpus.find_files(source.path))):
+        messages = messages_of(record.values, source.fields)
+        question = messages[0]
+        held_out = hash_share(question_key(messages)) < instructions.validation_share
+        if shown == 3 or len(messages) > 2 or question.input or held_out:
+            continue
+        reply, stopped = instruct.generate(question.content, max_new_tokens=120)
+        console.print(f"[instruct] {question.content} ▸ {reply}{'' if stopped else ' …'}", markup=False)
+        shown += 1
 
 
 def _show_summary(rows: list[tuple[str, str, str, float]], console: Console) -> None:

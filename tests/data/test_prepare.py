@@ -16,12 +16,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datatrove.pipeline.base import PipelineStep
 from transformers import AutoTokenizer
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, store
 from tsumugu.data import prepare as module
+from tsumugu.data import store
 from tsumugu.data.instructions import TEMPLATES
 from tsumugu.data.prepare import describe, prepare
 from tsumugu.errors import UserError
@@ -69,16 +68,12 @@ def examples(tmp_path: Path) -> Path:
 @pytest.fixture
 def _small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some ten tasks from the documents, so that there is something to stop and to deal out."""
-    monkeypatch.setattr(corpus, "PIECE_BYTES", 3000)
-    monkeypatch.setattr(module, "TASK_BYTES", 3000)
+    monkeypatch.setattr(module, "TASK_BYTES", (3000, 3000))
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """Everything in a store, but for the time in its manifest."""
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    manifest = json.loads(files.pop("manifest.json"))
-    del manifest["created"]
-    return files | {"manifest": json.dumps(manifest).encode()}
+    """Everything in a store."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def _documents(split: store.Split) -> list[tuple[list[int], list[bool]]]:
@@ -148,7 +143,7 @@ def test_fields_name_the_columns(tmp_path: Path, make: Callable):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "q"}, r"prepare\.sources\[0\]\.fields has prompt.*instruction, input, output"),
+        ({"question": "q"}, r"prepare\.sources\[0\]\.fields has question.*instruction, input, output"),
         ({"output": "answer"}, "line 1: no column answer.*it has: instruction, input, output"),
         ({"input": "context"}, "line 1: no column context"),  # a column that the user named must be there
     ],
@@ -163,7 +158,7 @@ def test_what_is_dropped_is_counted_by_reason(tmp_path: Path, make: Callable):
     records = [question, question | {"output": ""}, question | {"output": None}, question | {"instruction": ""}]
     path = _write_lines(tmp_path / "a.jsonl", [*records, question | {"output": "青" * 900}])
     short = make(path, kind="instructions", validation_share=0.0, max_length=400)
-    dropped = {"empty output": 2, "empty instruction": 1, "longer than prepare.max_length": 1}
+    dropped = {"empty reply": 2, "empty question": 1, "longer than prepare.max_length": 1}
     expected = {f"dropped: {reason}": count for reason, count in dropped.items()}
     assert {key: value for key, value in short["sources"]["only"].items() if key != "characters"} == {
         "documents": 1,
@@ -212,7 +207,7 @@ def test_small_files_share_a_task(tmp_path: Path, make: Callable, tokenizer_fold
         (tmp_path / "texts" / f"{number:03d}.txt").write_text(document, encoding="utf-8")
     make(tmp_path / "texts", validation_share=0.0)
     opened = store.open_store(tmp_path / "store")
-    assert len(opened.train.shards) == 1
+    assert len(opened.manifest["splits"]["train"]["shards"]) == 1
     assert [ids for ids, _ in _documents(opened.train)] == _encode(tokenizer_folder, DOCUMENTS)
 
 
@@ -261,7 +256,7 @@ def test_equal_texts_make_equal_bytes_whatever_their_times(tmp_path: Path, make:
     os.utime(text, (5, 5))
     make(text, output="two")
     one, two = _files(tmp_path / "one"), _files(tmp_path / "two")
-    assert one.pop("manifest") != two.pop("manifest")
+    assert one.pop("manifest.json") != two.pop("manifest.json")
     assert one == two
 
 
@@ -297,13 +292,13 @@ class _KilledError(BaseException):
 @pytest.mark.usefixtures("_small_tasks")
 @pytest.mark.parametrize(
     ("place", "stride"),
-    [("_write_json", 1), ("copy_tokenizer", 1), ("shutil.rmtree", 1), ("store._HashedFile.publish", 5)],
+    [("steps.write_json", 1), ("copy_tokenizer", 1), ("shutil.rmtree", 1), ("store._HashedFile.publish", 5)],
 )
 def test_stopped_before_any_write_and_run_again_it_makes_the_same(
     tmp_path: Path, make: Callable, examples: Path, monkeypatch: pytest.MonkeyPatch, place: str, stride: int
 ):
     make(examples, kind="instructions", output="whole")
-    owner: Any = module
+    owner: Any = module if place != "steps.write_json" else sys.modules["tsumugu.data"]
     *path, name = place.split(".")
     for part in path:
         owner = getattr(owner, part)
@@ -337,7 +332,8 @@ def test_a_task_without_its_marker_is_done_again_and_no_other(
         make(text)
     monkeypatch.setattr(module, "_write_manifest", write_manifest)
     shards = tmp_path / "store" / "train"
-    (tmp_path / "store" / ".work" / "completions" / "00002").unlink()
+    (tmp_path / "store" / ".work" / "encode" / "completions" / "00002").unlink()
+    shutil.rmtree(tmp_path / "store" / ".work" / "finish")
     (shards / "00002.bin").write_bytes(b"half")
     (shards / ".00002.idx").write_bytes(b"half")
     before = {path: path.stat().st_mtime_ns for path in shards.glob("0*") if path.stem != "00002"}
@@ -414,24 +410,11 @@ def test_a_bad_line_is_the_same_error_from_any_worker(tmp_path: Path, make: Call
     assert multiprocessing.active_children() == []
 
 
-class _Die(PipelineStep):
-    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Any:
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield from ()
-
-
-def test_a_killed_worker_is_an_error_and_not_a_hang(tmp_path: Path):
-    executor = module._Executor(pipeline=[_Die()], tasks=3, workers=2, logging_dir=str(tmp_path))
-    with pytest.raises(UserError, match="a worker process was killed"):
-        executor.run()
-
-
 _SLOW_SCRIPT = """
 import sys, time
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, prepare
-corpus.PIECE_BYTES = prepare.TASK_BYTES = 3000
+prepare.TASK_BYTES = (3000, 3000)
 column_of = corpus.column_of
 corpus.column_of = lambda *arguments: time.sleep(0.01) or column_of(*arguments)  # in the workers too: they read this
 if __name__ == "__main__":
@@ -450,15 +433,15 @@ def test_killed_in_the_middle_its_workers_end_and_run_again_it_makes_the_same(
     script = tmp_path / "script.py"
     script.write_text(_SLOW_SCRIPT)
     process = subprocess.Popen([sys.executable, script, text, tokenizer_folder, tmp_path / "store"])
-    completions = tmp_path / "store" / ".work" / "completions"
+    completions = tmp_path / "store" / ".work" / "encode" / "completions"
     while process.poll() is None and not (completions.exists() and any(completions.iterdir())):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     time.sleep(0.2)
-    progress = (tmp_path / "store" / ".work" / "progress.bin").read_bytes()
+    progress = (tmp_path / "store" / ".work" / "encode" / "progress.bin").read_bytes()
     time.sleep(0.6)
-    assert (tmp_path / "store" / ".work" / "progress.bin").read_bytes() == progress
+    assert (tmp_path / "store" / ".work" / "encode" / "progress.bin").read_bytes() == progress
     make(text)
     make(text, output="whole")
     assert _files(tmp_path / "store") == _files(tmp_path / "whole")

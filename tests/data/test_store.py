@@ -1,5 +1,10 @@
 """The token store against megatron-core's reader and writer, and its checks."""
 
+import json
+import struct
+import subprocess
+import sys
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -57,20 +62,20 @@ def test_we_read_what_megatron_writes(tmp_path: Path, dtype: type):
         parts = [part for part in np.array_split(ids, 3) if len(part)]
         builder.add_document(np.concatenate(parts), [len(part) for part in parts])
     builder.finalize(str(tmp_path / "00000.idx"))
-    split = Split(tmp_path, ["00000"])
-    assert split.documents == len(documents)
+    shard = Shard(tmp_path / "00000")
+    assert (shard.documents, len(shard.tokens), shard.mask) == (len(documents), sum(map(len, documents)), None)
     for index, written in enumerate(documents):
-        ids, mask = split.document(index)
-        np.testing.assert_array_equal(ids, written)
-        assert mask.all()
+        np.testing.assert_array_equal(shard.tokens[shard.document(index)], written)
 
 
 def test_shards_are_one_stream(tmp_path: Path):
     parts = [_documents(500, number=7, seed=seed) for seed in range(3)]
     masks = [[ids % 3 == 0 for ids in documents] for documents in parts]
-    for number, documents in enumerate(parts):
+    entries = [
         _write(tmp_path / f"{number:05d}", documents, np.uint16, masks[number])
-    split = Split(tmp_path, ["00000", "00001", "00002"])
+        for number, documents in enumerate(parts)
+    ]
+    split = Split(tmp_path, entries)
     everything = [ids for documents in parts for ids in documents]
     stream = np.concatenate(everything)
     assert (split.tokens, split.documents) == (len(stream), len(everything))
@@ -151,6 +156,87 @@ def test_an_index_cut_short_is_refused(tmp_path: Path, length: int):
     idx.write_bytes(idx.read_bytes()[:length])
     with pytest.raises(UserError, match=r"00000\.idx"):
         Shard(tmp_path / "00000")
+
+
+def test_a_flipped_bit_of_an_index_never_gives_other_documents(tmp_path: Path):
+    """Indices are read piece by piece, and what is read is checked: an error that names the shard, or the truth."""
+    written = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
+    path = write_store(tmp_path / "store", written)
+    idx = path / "train" / "00000.idx"
+    content, refused = idx.read_bytes(), 0
+    for position in range(len(content) * 8):
+        changed = bytearray(content)
+        changed[position // 8] ^= 1 << (position % 8)
+        idx.write_bytes(changed)
+        split = open_store(path).train
+        for index in (2, 0, 3, 1):
+            try:
+                found = split.document(index)[0].tolist()
+            except UserError as error:
+                found, refused = written[index] if "00000" in str(error) else [], refused + 1
+            assert found == written[index]
+    assert refused > len(content)
+
+
+def test_a_shard_that_is_not_what_the_manifest_says_is_refused_when_it_is_read(tmp_path: Path):
+    store = _store(tmp_path)
+    entry = _write(tmp_path / "00000", [np.array([5, 6]), np.array([7, 8]), np.array([9, 10])], np.uint16)
+    for name in ("00000.bin", "00000.idx"):
+        (tmp_path / name).replace(store / "train" / name)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["files"] |= entry["files"]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (store / "train" / "00000.mask").write_bytes(bytes(6))
+    with pytest.raises(UserError, match=r"train/00000\.idx is not what the manifest says"):
+        open_store(store).train.read(0, 2)
+
+
+def test_ten_million_documents_are_opened_without_reading_them(tmp_path: Path):
+    documents, tokens = 10**7, 10**9
+    store = write_store(tmp_path / "store", [[5, 6]])
+    idx, ids = store / "train" / "00000.idx", store / "train" / "00000.bin"
+    with open(idx, "r+b") as file:  # all holes, but for the last document and those in the middle
+        file.write(idx.read_bytes()[:9] + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
+        for place in (documents // 2, documents // 2 + 1, documents - 1):
+            file.seek(34 + 4 * place)
+            file.write(struct.pack("<i", 100))
+            file.seek(34 + 4 * documents + 8 * place)
+            file.write(struct.pack("<q", 200 * place))
+        file.truncate(34 + 12 * documents + 8 * (documents + 1))
+    with open(ids, "wb") as file:
+        file.seek(tokens)
+        file.write(np.arange(50, dtype=np.uint16).tobytes())
+        file.truncate(2 * tokens)
+    manifest = json.loads((store / "manifest.json").read_text())
+    sizes = {"documents": documents, "tokens": tokens, "longest_document": 100}
+    files = {path.name: {"size": path.stat().st_size, "sha256": ""} for path in (idx, ids)}
+    manifest["splits"]["train"]["shards"] = [{"name": "00000", **sizes, "files": files}]
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    tracemalloc.start()
+    split = open_store(store).train
+    found = split.read(tokens // 2, tokens // 2 + 50)[0].tolist(), split.document(documents // 2)[0].tolist()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == (list(range(50)), [*range(50), *[0] * 50])
+    assert (split.documents, split.tokens, split.longest_document) == (documents, tokens, 100)
+    assert peak < 500_000
+
+
+def test_more_shards_are_read_than_files_may_be_open(tmp_path: Path):
+    entries = [_write(tmp_path / f"{n:05d}", [np.array([n, n + 1])], np.uint16, [np.array([1, 0])]) for n in range(60)]
+    script = f"""
+import pathlib, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 70))
+from tsumugu.data.store import Split
+split = Split(pathlib.Path({str(tmp_path)!r}), {entries!r})
+for index in list(range(60)) * 2:
+    ids, mask = split.document(index)
+    assert (ids.tolist(), mask.tolist()) == ([index, index + 1], [True, False])
+    split.announce(0, 120)
+assert split.read(0, 120)[0].tolist() == [id for n in range(60) for id in (n, n + 1)]
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_folder_without_a_store_is_named(tmp_path: Path):

@@ -83,7 +83,7 @@ def test_the_length_of_a_run(length: dict, steps: int, rows: int, made: Path, tm
     changes = {**COMMON, "model.config": str(made / "gpt_neox"), "train.max_steps": None, **length}
     with process_group() as environment:
         trainer = Trainer(run_config(tmp_path / "store", changes), tmp_path / "run", environment)
-        assert (len(trainer.train_rows), trainer.max_steps, trainer.total_rows) == (10, steps, rows)
+        assert (trainer.data.mixture.rows, trainer.max_steps, trainer.data.mixture.total) == ((10,), steps, rows)
         while trainer.step < trainer.max_steps:
             trainer.train_step(StopRequest())
             trainer.step += 1

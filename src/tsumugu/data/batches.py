@@ -4,13 +4,13 @@ Positions are dealt out so that a step holds the same rows on any number of proc
 kept between steps: the batches of step 1,000,000 are made without those before it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tsumugu.data.packing import Batch, Concatenated, LeftPadded
-from tsumugu.data.sampler import row_at
+from tsumugu.data.mixture import Mixture
+from tsumugu.data.packing import Batch, Concatenated, LeftPadded, Row
 from tsumugu.errors import UserError
 
 Rows = Concatenated | LeftPadded
@@ -41,25 +41,38 @@ class Share:
         return list(dealt[:, self.rank])
 
 
-def training_batches(rows: Rows, step: int, share: Share, seed: int, total_rows: int) -> list[Batch]:
-    """The micro batches of one step: shuffled rows, and empty ones from position `total_rows` on."""
-    batches = []
-    for positions in share.positions(step):
-        indices = row_at(positions, len(rows), seed)
-        batches.append(
-            rows.collate(
-                [
-                    rows.row(int(index)) if position < total_rows else None
-                    for position, index in zip(positions, indices, strict=True)
-                ]
-            )
-        )
-    return batches
+def training_batches(rows: Sequence[Rows], mixture: Mixture, step: int, share: Share) -> tuple[list[Batch], np.ndarray]:
+    """The micro batches of one step: shuffled rows, and empty ones where the run ends within the step.
+
+    Args:
+        rows: The rows of every store of the mixture, all of one packing.
+        mixture: Which store and row stands at which position.
+        step: The step, counted from 0.
+        share: What this process takes of it.
+
+    Returns:
+        The batches, and the stores of their rows, one batch after another, without the empty ones.
+    """
+    now, later = (np.concatenate(share.positions(s)) for s in (step, step + 1))
+    filled = int((now < mixture.total).sum())
+    positions = np.concatenate([now, later])
+    stores, indices = mixture.at(positions[positions < mixture.total])
+    places = list(zip(stores.tolist(), indices.tolist(), strict=True))
+    taken: list[Row | None] = [rows[store].row(index) for store, index in places[:filled]]
+    taken += [None] * (len(now) - filled)
+    for store, index in places[filled:]:  # the disk reads the next step while the model computes this one
+        rows[store].announce(index)
+    size = share.micro_batch_size
+    batches = [rows[0].collate(taken[start : start + size]) for start in range(0, len(taken), size)]
+    return batches, stores[:filled]
 
 
 def validation_batches(rows: Rows, share: Share, limit: int | None) -> Iterator[Batch]:
     """Every row once, in order (or `limit` global batches); every process yields the same number of batches."""
     steps = -(-len(rows) // share.global_batch_size)
     for step in range(min(steps, limit) if limit else steps):
+        for position in np.concatenate(share.positions(step + 1)).tolist():
+            if position < len(rows):
+                rows.announce(position)
         for positions in share.positions(step):
-            yield rows.collate([rows.row(int(p)) if p < len(rows) else None for p in positions])
+            yield rows.collate([rows.row(p) if p < len(rows) else None for p in positions.tolist()])

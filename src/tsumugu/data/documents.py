@@ -2,7 +2,8 @@
 
     NNNNN.text      UTF-8 of all documents, one after another (of instructions: the conversation as JSON)
     NNNNN.places    a line a document: where it was read
-    NNNNN.npy       a row a document: end in .text, 128-bit key of its content, whether it is for validation
+    NNNNN.npy       a row a document: end in .text, 128-bit keys of its content and of what decides its split (of a
+                    conversation, the question), whether it is for validation
 
 One shard a task of the preparation. Nothing here outlives the preparation.
 """
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROW = np.dtype([("end", np.int64), ("key", np.uint64, (2,)), ("validation", np.bool_)])
+ROW = np.dtype([("end", np.int64), ("key", np.uint64, (2,)), ("split_key", np.uint64, (2,)), ("validation", np.bool_)])
 
 
 def key_of(content: str) -> bytes:
@@ -31,15 +32,17 @@ class DocumentWriter:
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._prefix = prefix
         self._text = open(_hidden(prefix, "text"), "wb")  # noqa: SIM115 - closed by close
-        self._places = open(_hidden(prefix, "places"), "w", encoding="utf-8")  # noqa: SIM115
+        self._places = open(_hidden(prefix, "places"), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
         self._rows: list[tuple] = []
         self._end = 0
 
-    def add(self, content: str, place: str, validation: bool) -> None:
-        """Appends one document."""
+    def add(self, content: str, place: str, validation: bool, split_key: str | None = None) -> None:
+        """Appends one document; `split_key` decided its split, by default its content."""
         self._end += self._text.write(content.encode())
         self._places.write(place.replace("\n", " ") + "\n")
-        self._rows.append((self._end, np.frombuffer(key_of(content), np.uint64), validation))
+        key = np.frombuffer(key_of(content), np.uint64)
+        other = key if split_key is None else np.frombuffer(key_of(split_key), np.uint64)
+        self._rows.append((self._end, key, other, validation))
 
     def close(self) -> None:
         self._text.close()

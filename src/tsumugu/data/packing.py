@@ -16,10 +16,22 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Row:
-    """inputs (tokens,), labels (tokens,): one row before padding."""
+    """One row before padding: the tokens that it reads, and their supervision mask where there is one."""
 
-    inputs: np.ndarray
-    labels: np.ndarray
+    ids: np.ndarray
+    mask: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Its inputs; a document of one token has none."""
+        return max(0, len(self.ids) - 1)
+
+    @property
+    def inputs(self) -> np.ndarray:
+        return self.ids[:-1]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.ids[1:] if self.mask is None else np.where(self.mask[1:], self.ids[1:], IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,23 @@ class Batch:
     position_ids: np.ndarray | None = None
 
 
-class Concatenated:
+class _Rows:
+    """Rows of a split, of which `_span` says where they begin and end in its stream of tokens."""
+
+    split: Split
+
+    def _span(self, index: int) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def row(self, index: int) -> Row:
+        return Row(*self.split.read(*self._span(index)))
+
+    def announce(self, index: int) -> None:
+        """The row will be read soon."""
+        self.split.announce(*self._span(index))
+
+
+class Concatenated(_Rows):
     """Fixed blocks of the token stream, over document boundaries. The last block may be shorter."""
 
     def __init__(self, split: Split, sequence_length: int, pad_id: int):
@@ -48,10 +76,9 @@ class Concatenated:
         """Rows an epoch; every token but the first is a label exactly once."""
         return max(0, -(-(self.split.tokens - 1) // self.sequence_length))
 
-    def row(self, index: int) -> Row:
+    def _span(self, index: int) -> tuple[int, int]:
         start = index * self.sequence_length
-        ids, mask = self.split.read(start, min(start + self.sequence_length + 1, self.split.tokens))
-        return _shift(ids, mask)
+        return start, min(start + self.sequence_length + 1, self.split.tokens)
 
     def collate(self, rows: list[Row | None]) -> Batch:
         """Rows (None = an empty one) as a batch; short rows are filled on the right, which causality makes harmless."""
@@ -59,12 +86,12 @@ class Concatenated:
         inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
         for filled, row in enumerate(rows):
             if row is not None:
-                inputs[filled, : len(row.inputs)] = row.inputs
-                labels[filled, : len(row.labels)] = row.labels
+                inputs[filled, : len(row)] = row.inputs
+                labels[filled, : len(row)] = row.labels
         return Batch(inputs, labels, _lengths(rows))
 
 
-class LeftPadded:
+class LeftPadded(_Rows):
     """A document a row, padded on the left to the longest of the batch; what is padding is known from the lengths.
 
     Raises:
@@ -72,10 +99,10 @@ class LeftPadded:
     """
 
     def __init__(self, split: Split, sequence_length: int, pad_id: int):
-        longest = max((int(np.diff(shard.starts).max()) for shard in split.shards), default=0)
+        longest = split.longest_document
         if longest > sequence_length + 1:
             raise UserError(
-                f"the store's longest example has {longest} tokens, data.sequence_length is {sequence_length}",
+                f"{split.folder}: its longest example has {longest} tokens, data.sequence_length is {sequence_length}",
                 f"set data.sequence_length to {longest - 1}, or prepare with prepare.max_length {sequence_length + 1}",
             )
         self.split = split
@@ -84,33 +111,27 @@ class LeftPadded:
     def __len__(self) -> int:
         return self.split.documents
 
-    def row(self, index: int) -> Row:
-        return _shift(*self.split.document(index))
+    def _span(self, index: int) -> tuple[int, int]:
+        return self.split.span(index)
 
     def collate(self, rows: list[Row | None]) -> Batch:
         """Rows (None = an empty one) as a batch."""
         lengths = _lengths(rows)
         width = max(1, *lengths)
-        shape = (len(rows), width)
-        inputs, labels = np.full(shape, self.pad_id), np.full(shape, IGNORE_INDEX)
+        inputs, labels = (np.full((len(rows), width), filler) for filler in (self.pad_id, IGNORE_INDEX))
         # an empty row attends to itself: a row that attends to nothing has no defined softmax
-        attention = np.ones(shape, dtype=np.int64)
+        padding = [width - length if length else 0 for length in lengths]
         for filled, row in enumerate(rows):
-            if row is not None and lengths[filled]:  # a document of one token has no input
-                padding = width - len(row.inputs)
-                inputs[filled, padding:] = row.inputs
-                labels[filled, padding:] = row.labels
-                attention[filled, :padding] = 0
-        positions = np.maximum(attention.cumsum(axis=1) - 1, 0)
-        return Batch(inputs, labels, lengths, attention, positions)
+            if row is not None and lengths[filled]:
+                inputs[filled, padding[filled] :] = row.inputs
+                labels[filled, padding[filled] :] = row.labels
+        positions = np.arange(width) - np.array(padding)[:, None]
+        attention = (positions >= 0).astype(np.int64)
+        return Batch(inputs, labels, lengths, attention, np.maximum(positions, 0))
 
 
 PACKINGS = {"concatenate": Concatenated, "pad_left": LeftPadded}
 
 
-def _shift(ids: np.ndarray, mask: np.ndarray) -> Row:
-    return Row(ids[:-1], np.where(mask[1:], ids[1:], IGNORE_INDEX))
-
-
 def _lengths(rows: list[Row | None]) -> list[int]:
-    return [0 if row is None else len(row.inputs) for row in rows]
+    return [0 if row is None else len(row) for row in rows]

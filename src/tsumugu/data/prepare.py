@@ -1,75 +1,72 @@
-"""From corpora to a token store, on datatrove's local executor.
+"""From corpora to a token store, in stages of datatrove steps.
 
-A task of the executor reads some of the input, planned from the files alone, and writes one shard of either split.
-datatrove's completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a
-store.
+    read → clean → encode                                  nothing is compared
+    read → clean │ exact │ near … │ encode                 documents are compared with each other
 
-Which split a document goes to depends on its text alone, so equal documents of sources with equal validation shares
-never lie on both sides.
+A task reads some of the input, planned from the files alone, and ends as one shard of either split. datatrove's
+completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a store.
+
+Which split a document goes to depends on its text alone. Where sources have different validation shares, or documents
+are deduplicated, training documents that equal a validation document are removed, so that the splits never overlap.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
+import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
-from loguru import logger
-from tqdm import tqdm
 
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, instructions, store
+from tsumugu.data.cleaning.clean import Cleaner
+from tsumugu.data.comparison import dedup
+from tsumugu.data.executor import Stage, run_local, run_ray, run_slurm
+from tsumugu.data.steps import (
+    DOCUMENTS,
+    REMOVED,
+    WORK,
+    Clean,
+    Encode,
+    Keep,
+    Kept,
+    Read,
+    Task,
+    contamination_of,
+    result_file,
+    write_json,
+)
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, copy_tokenizer, read_contract
-from tsumugu.tokenizer.load import BulkEncoder
 
-TASK_BYTES = 8 * 2**20  # small files of a source share a task up to this size
-
-_BATCH_DOCUMENTS = 256
-_WORK = ".work"
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What one task of the executor reads, one piece after another."""
-
-    source: Source
-    pieces: list[corpus.Piece]
-
-    @property
-    def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+# Bytes of input a task: a 256th of all, within these. A function of the input alone, so that the store is too.
+TASK_BYTES = (8 * 2**20, 256 * 2**20)
 
 
 def prepare(config: PrepareConfig) -> dict:
     """Makes the token store that `config` describes, or finds it already made.
 
     Returns:
-        The manifest, with the key `already_done` set when nothing was left to do.
+        The manifest, with the key `already_done` set when nothing was left to do; on a Slurm cluster, where others do
+        the work, {"submitted": a line that says what}.
 
     Raises:
         UserError: Input that cannot be used, or an output folder that holds something else.
     """
     output, tokenizer = Path(config.output), Path(config.tokenizer)
     contract = read_contract(tokenizer)
-    files = [file for source in config.sources for file in corpus.find_files(source.path)]
-    settings = _settings(config, contract, files)
+    _check_fields(config)
+    files = {source.name: corpus.find_files(source.path) for source in config.sources}
+    read = [file for several in files.values() for file in several]
+    settings = _settings(config, contract, read + corpus.find_files(config.contamination))
     if (output / store.MANIFEST).exists():
         manifest = store.open_store(output).manifest
         if changed := _changed(manifest.get("settings", {}), settings):
@@ -77,51 +74,104 @@ def prepare(config: PrepareConfig) -> dict:
                 f"{output} holds a store made with other settings: {changed}",
                 "choose another prepare.output, or delete that folder",
             )
-        if (output / _WORK).exists():  # killed between the manifest and the end
-            shutil.rmtree(output / _WORK)
+        if (output / WORK).exists():  # killed between the manifest and the end
+            shutil.rmtree(output / WORK)
         return {**manifest, "already_done": True}
-    _check_fields(config)
     _check_special_tokens(config, contract)
     check_contract(tokenizer)
+    for source in config.sources:  # what is wrong with files that they name shows here
+        Cleaner(config.clean_of(source), source.language)
+    if contamination := contamination_of(config):
+        for file, records, unchecked, example in contamination.coverage:
+            if unchecked:
+                print(
+                    f"{file}: {unchecked:,} of {records:,} records are too short to be looked for, such as {example}",
+                    file=sys.stderr,
+                )
 
-    tasks = [task for source in config.sources for task in _tasks(source)]
-    _start(output, settings)
-    progress_file = output / _WORK / "progress.bin"
-    np.zeros(len(tasks), np.int64).tofile(progress_file)
-    executor = _Executor(
-        pipeline=[_Read(tasks), _Encode(tasks, config, contract)],
-        tasks=len(tasks),
-        workers=min(config.workers or os.cpu_count() or 1, len(tasks)),
-        logging_dir=str(output / _WORK),
-    )
-    with _progress_bar(np.memmap(progress_file, np.int64, mode="r"), [task.size for task in tasks]):
-        executor.run()
-    manifest = _write_manifest(config, contract, settings, [task.source.name for task in tasks])
-    shutil.rmtree(output / _WORK)
+    tasks = plan(config, files)
+    stages = _stages(config, contract, settings, tasks)
+    with _locked(output):
+        _start(output, settings)
+        if config.executor == "slurm":
+            return {"submitted": run_slurm(stages, output / WORK, config)}
+        if config.executor == "ray":
+            run_ray(stages, output / WORK, config.workers)
+        else:
+            run_local(stages, output / WORK, config.workers or os.cpu_count() or 1)
+        manifest = store.read_manifest(output)
+        shutil.rmtree(output / WORK)
     return manifest
 
 
-def _tasks(source: Source) -> list[_Task]:
-    """The pieces of a source, small ones taken together."""
-    groups: list[list[corpus.Piece]] = []
-    room = -1
-    for piece in corpus.plan(corpus.find_files(source.path)):
-        room -= piece.size
-        if room < 0:
-            groups.append([])
-            room = TASK_BYTES - piece.size
-        groups[-1].append(piece)
-    return [_Task(source, pieces) for pieces in groups]
+def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
+    """The tasks of every source, in order; small files of a source share one."""
+    total = sum(size for several in files.values() for _, size, _ in corpus.fingerprints(several))
+    least, most = TASK_BYTES
+    task_bytes = min(max(total // 256, least), most)
+    tasks: list[Task] = []
+    for source in config.sources:
+        pieces = corpus.plan(files[source.name], task_bytes)
+        columns = (
+            instructions.columns_for(source.fields) if source.kind == "instructions" else [_text_column(source, pieces)]
+        )
+        room = -1
+        for piece in pieces:
+            room -= piece.size
+            if room < 0:
+                tasks.append(Task(source, columns, []))
+                room = task_bytes - piece.size
+            tasks[-1].pieces.append(piece)
+    return tasks
+
+
+def training_texts(config: PrepareConfig) -> Iterator[str]:
+    """The documents that would be trained on, cleaned, before deduplication: what a tokenizer may see."""
+    files = {source.name: corpus.find_files(source.path) for source in config.sources}
+    for task in plan(config, files):
+        for document in Clean([task], config).run(Read([task], config).run()):
+            if document.metadata["dropped"] is None and not document.metadata["validation"]:
+                yield document.text
+
+
+def _text_column(source: Source, pieces: list[corpus.Piece]) -> str:
+    return source.text or corpus.find_text_column(pieces)
+
+
+def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: list[Task]) -> list[Stage]:
+    work = Path(config.output) / WORK
+    modes: list[dedup.Mode] = [config.deduplicate_of(task.source) for task in tasks]
+    shares = {config.validation_share_of(source) for source in config.sources}
+    inputs, sizes = [str(task) for task in tasks], np.array([float(task.size) for task in tasks])
+    read: list[PipelineStep] = [Read(tasks, config), Clean(tasks, config)]
+
+    def finish(*counted: str) -> Stage:
+        return Stage("finish", [_Finish(config, contract, settings, tasks, counted)], [config.output], [0.0])
+
+    if set(modes) == {"none"} and len(shares) == 1:
+        encode = Encode("encode", tasks, config, contract)
+        return [Stage("encode", [*read, encode], inputs, list(sizes)), finish("encode")]
+    stages = [Stage("read", [*read, Keep("read", tasks, config)], inputs, list(sizes * 0.5))]
+    documents, exact, near = (work / name for name in (DOCUMENTS, *REMOVED))
+    comparisons = [dedup.exact_stage(documents, exact, modes, int(sizes.sum()))]
+    if "near" in modes:
+        comparisons += dedup.near_stages(documents, exact, near.parent, modes, config.kind, config.min_similarity)
+    for name, pipeline, parts in comparisons:
+        inputs_of_parts = [f"part {number + 1} of {parts} of the documents" for number in range(parts)]
+        stages.append(Stage(name, pipeline, inputs_of_parts, [0.0] * parts))
+    encode = [Kept(tasks, config), Encode("encode", tasks, config, contract)]
+    return [*stages, Stage("encode", encode, inputs, list(sizes * 0.5)), finish("read", "encode")]
 
 
 def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> dict:
     """What the contents of the store depend on: equal settings give an equal store."""
     settings = dataclasses.asdict(config)
-    for key in ("output", "workers"):
+    for key in ("output", "workers", "executor", "slurm"):
         del settings[key]
     settings["tokenizer"] = contract.fingerprint
-    settings["files"] = [[file, stat.st_size, stat.st_mtime_ns] for file in files if (stat := Path(file).stat())]
-    return settings
+    lists = [config.clean_of(source).ng_words for source in config.sources]
+    settings["files"] = corpus.fingerprints((*files, *filter(None, lists)))
+    return json.loads(json.dumps(settings))
 
 
 def _changed(old: dict, new: dict) -> str:
@@ -132,10 +182,8 @@ def _changed(old: dict, new: dict) -> str:
 
 def _start(output: Path, settings: dict) -> None:
     """Readies the output folder: unfinished work with the same settings stays there, other work is thrown away."""
-    work, settings_file = output / _WORK, output / _WORK / "settings.json"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is not a folder", "choose another prepare.output")
-    if output.is_dir() and not work.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
+    work, settings_file = output / WORK, output / WORK / "settings.json"
+    if not work.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise UserError(
             f"{output} holds something else than a token store", "choose another prepare.output, or empty it"
         )
@@ -145,17 +193,17 @@ def _start(output: Path, settings: dict) -> None:
     if unfinished is not None:
         changed = _changed(unfinished, settings)
         print(f"{output}: unfinished work is thrown away, since it was made otherwise ({changed})", file=sys.stderr)
-    for folder in (*store.SPLITS, "tokenizer", _WORK):  # _WORK last: whatever is left after a kill is thrown away too
+    for folder in (
+        *store.SPLITS,
+        "tokenizer",
+        "dropped",
+        "set_aside",
+        WORK,
+    ):  # WORK last: whatever is left after a kill is thrown away too
         if (output / folder).exists():
             shutil.rmtree(output / folder)
     work.mkdir(parents=True)
-    _write_json(settings_file, settings)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_json(settings_file, settings)
 
 
 def _check_fields(config: PrepareConfig) -> None:
@@ -188,201 +236,60 @@ def _check_special_tokens(config: PrepareConfig, contract: Contract) -> None:
             )
 
 
-class _Executor(LocalPipelineExecutor):
-    """datatrove's executor with a pool in which a dead worker is an error, and no worker outlives its parent.
-
-    Its tasks, markers and statistics are datatrove's own; its log on the terminal is left out for our progress bar.
-    """
-
-    def run(self) -> None:
-        ranks = self.get_incomplete_ranks()
-        if self.workers == 1:
-            for rank in ranks:
-                self._run_for_rank(rank)
-            return
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.workers, context, _end_with_parent) as pool:
-            try:
-                for task in concurrent.futures.as_completed([pool.submit(self._run_for_rank, rank) for rank in ranks]):
-                    task.result()
-            except BrokenProcessPool:
-                raise UserError(
-                    "a worker process was killed, most often for lack of memory",
-                    "use fewer prepare.workers; run again to go on where it stopped",
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        logger.disable("datatrove")
-        return super()._run_for_rank(rank, local_rank, node_rank)
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keeps a second preparation of the same folder out until this one ends, however it ends."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is not a folder", "choose another prepare.output")
+    output.mkdir(parents=True, exist_ok=True)
+    lock = output / ".lock"
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process prepares {output} at this moment", "wait for it, or end it") from None
+        try:
+            yield
+        finally:
+            lock.unlink()
 
 
-def _end_with_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; one of them says so
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+class _Finish(PipelineStep):
+    """Writes the manifest from what the tasks of `stages` counted."""
 
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-class _Read(PipelineStep):
-    """Yields the records of this task."""
-
-    name = "read"
-    type = "READER"
-
-    def __init__(self, tasks: list[_Task]):
-        super().__init__()
-        self.tasks = tasks
-
-    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        source, before = self.tasks[rank].source, 0
-        columns = {"text": source.text}
-        if source.kind == "instructions":
-            columns = {field: source.fields.get(field, field) for field in instructions.FIELDS}
-        for piece in self.tasks[rank].pieces:
-            for record in corpus.read_records(piece, list(columns.values())):
-                values = {
-                    field: corpus.column_of(record, column)
-                    for field, column in columns.items()
-                    # the one column that may be absent, unless the user has named it
-                    if not (field == "input" and "input" not in source.fields and column not in record.columns)
-                }
-                at = before + record.consumed
-                yield Document(text=values.get("text", ""), id=record.place, metadata=values | {"at": at})
-            before += piece.size
-
-
-class _Encode(PipelineStep):
-    """Encodes documents or examples and writes this task's shard of both splits, and what it counted."""
-
-    name = "encode"
+    name = "finish"
     type = "WRITER"
 
-    def __init__(self, tasks: list[_Task], config: PrepareConfig, contract: Contract):
+    def __init__(
+        self, config: PrepareConfig, contract: Contract, settings: dict, tasks: list[Task], stages: tuple[str, ...]
+    ):
         super().__init__()
-        self.tasks = tasks
-        self.config = config
-        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
-        add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
-        self.before = [contract.bos_id] if add_bos and contract.bos_id is not None else []
-        self.after = [contract.eos_id] if add_eos and contract.eos_id is not None else []
-        self.eos_id = contract.eos_id
-        self.dtype = store.token_dtype(contract.vocab_size)
+        self.config, self.contract, self.settings, self.tasks, self.stages = config, contract, settings, tasks, stages
 
-    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        source, output = self.tasks[rank].source, Path(self.config.output)
-        share = self.config.validation_share if source.validation_share is None else source.validation_share
-        supervised = source.kind == "instructions"
-        writers = {
-            split: store.ShardWriter(output / split / f"{rank:05d}", self.dtype, supervised) for split in store.SPLITS
-        }
-        progress = np.memmap(output / _WORK / "progress.bin", np.int64, mode="r+")
-        encode_all = self._encode_examples if supervised else self._encode_documents
-        counts = Counter()
-        encode = BulkEncoder(Path(self.config.tokenizer))
-        for documents in _batches(data, _BATCH_DOCUMENTS):
-            for document, encoded in zip(documents, encode_all(documents, encode), strict=True):
-                if isinstance(encoded, str):
-                    counts[f"dropped: {encoded}"] += 1
-                else:
-                    split = "validation" if hash_share(document.metadata) < share else "train"
-                    writers[split].add(*encoded)
-                    counts["documents"] += 1
-                    counts["characters"] += sum(len(v) for v in document.metadata.values() if isinstance(v, str))
-            progress[rank] = documents[-1].metadata["at"]
-        shards = {split: writer.close() for split, writer in writers.items()}
-        _write_json(output / _WORK / f"task-{rank:05d}.json", {"counts": counts, "shards": shards})
+    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        _write_manifest(self.config, self.contract, self.settings, self.tasks, self.stages)
         yield from ()
 
-    def _encode_documents(self, documents: list[Document], encode) -> list:
-        """(ids,) of each document, or the reason why it is dropped."""
-        encoded = encode([document.text for document in documents])
-        return [
-            (np.concatenate([self.before, ids, self.after]).astype(np.int64),) if ids else "empty" for ids in encoded
-        ]
 
-    def _encode_examples(self, documents: list[Document], encode) -> list:
-        """(ids, mask) of each example, or the reason why it is dropped."""
-        template = instructions.find_template(self.config.template)
-        assert self.eos_id is not None
-        results = []
-        for record in (document.metadata for document in documents):
-            if empty := [field for field in ("instruction", "output") if not record[field]]:
-                results.append(f"empty {empty[0]}")
-                continue
-            prompt = template.prompt(record["instruction"], record.get("input", ""))
-            example = instructions.encode_example(
-                prompt, record["output"], encode, self.before, self.eos_id, self.config.train_on
-            )
-            too_long = self.config.max_length is not None and len(example[0]) > self.config.max_length
-            results.append("longer than prepare.max_length" if too_long else example)
-        return results
-
-
-def _batches(data: Iterator[Document], size: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in data:
-        batch.append(document)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def hash_share(values: dict) -> float:
-    """A number in [0, 1) that depends on the text (of an example: on its question) alone."""
-    if "text" in values:
-        key = values["text"]
-    else:
-        key = json.dumps([values["instruction"], values.get("input", "")], ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
-
-
-@contextlib.contextmanager
-def _progress_bar(progress: np.ndarray, sizes: list[int]) -> Iterator[None]:
-    """Shows how many bytes of the pieces the tasks have read, from the array that they write into."""
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="prepare", disable=None)
-    finished = threading.Event()
-
-    def watch() -> None:
-        while not finished.wait(0.2):
-            bar.update(int(progress.sum()) - bar.n)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-        bar.update(sum(sizes) - bar.n)
-    finally:
-        finished.set()
-        thread.join()
-        bar.close()
-
-
-def _write_manifest(config: PrepareConfig, contract: Contract, settings: dict, source_names: list[str]) -> dict:
+def _write_manifest(
+    config: PrepareConfig, contract: Contract, settings: dict, tasks: list[Task], stages: tuple[str, ...]
+) -> None:
     output = Path(config.output)
-    sources: dict[str, Counter] = {name: Counter() for name in source_names}
+    sources = {source.name: Counter() for source in config.sources}
     shards: dict[str, list[dict]] = {split: [] for split in store.SPLITS}
-    for rank, name in enumerate(source_names):
-        task = json.loads((output / _WORK / f"task-{rank:05d}.json").read_text(encoding="utf-8"))
-        sources[name].update(task["counts"])
-        for split, shard in task["shards"].items():
-            shards[split] += [shard] if shard else []
+    for rank, task in enumerate(tasks):
+        for stage in stages:
+            result = json.loads(result_file(config, stage, rank).read_text(encoding="utf-8"))
+            sources[task.source.name].update(result["counts"])
+            for split, shard in result["shards"].items():
+                shards[split] += [shard] if shard else []
     splits = {split: store.describe_split(entries) for split, entries in shards.items()}
     if splits["train"]["documents"] == 0:
         counts = [f"{count} {what}" for counts in sources.values() for what, count in sorted(counts.items())]
         raise UserError(
             f"no document is left for training ({', '.join(counts) or 'the sources are empty'})", "check the sources"
         )
-    shares = [config.validation_share if s.validation_share is None else s.validation_share for s in config.sources]
-    if max(shares) > 0 and splits["validation"]["documents"] == 0:
+    if any(config.validation_share_of(source) for source in config.sources) and not splits["validation"]["documents"]:
         raise UserError(
             f"of {splits['train']['documents']} documents none was chosen for validation",
             "add documents, raise prepare.validation_share, or set it to 0 to train without validation",
@@ -391,17 +298,15 @@ def _write_manifest(config: PrepareConfig, contract: Contract, settings: dict, s
     manifest = {
         "version": store.FORMAT_VERSION,
         "kind": config.kind,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size},
         "template": config.template if config.kind == "instructions" else None,
         "add_bos": contract.adds_bos if config.add_bos is None else config.add_bos,
         "add_eos": config.kind == "instructions" or (contract.adds_eos if config.add_eos is None else config.add_eos),
         "splits": splits,
-        "sources": {name: dict(counts) for name, counts in sources.items()},
+        "sources": {name: dict(sorted(counts.items())) for name, counts in sources.items()},
         "settings": settings,
     }
-    _write_json(output / store.MANIFEST, manifest)
-    return manifest
+    write_json(output / store.MANIFEST, manifest)
 
 
 def describe(manifest: dict) -> str:
@@ -414,8 +319,22 @@ def describe(manifest: dict) -> str:
         f"{name}: {count:,} {reason}"
         for name, counts in manifest["sources"].items()
         for reason, count in counts.items()
-        if reason.startswith("dropped")
+        if reason.startswith("dropped") or reason == "set aside"
     ]
     if manifest["kind"] == "text" and not (manifest["add_bos"] or manifest["add_eos"]):
         parts.append("nothing marks where documents end (set prepare.add_eos or prepare.add_bos)")
     return "; ".join(parts)
+
+
+def warnings(manifest: dict) -> list[str]:
+    """A line for every source of which more than half was dropped, with the most frequent reasons."""
+    lines = []
+    for name, counts in manifest["sources"].items():
+        dropped = Counter(
+            {what.removeprefix("dropped: "): n for what, n in counts.items() if what.startswith("dropped")}
+        )
+        if dropped.total() > counts.get("documents", 0):
+            total = dropped.total() + counts.get("documents", 0)
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common(3))
+            lines.append(f"{name}: {dropped.total():,} of {total:,} documents were dropped ({reasons})")
+    return lines

@@ -9,40 +9,42 @@ import numpy as np
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUND_KEYS = np.arange(6, dtype=np.uint64) * _GOLDEN
+_CAPACITIES = 4 ** np.arange(1, 32)  # of networks whose halves have 1, 2, ... bits
 
 
-def row_at(position: int | np.ndarray, rows: int, seed: int) -> np.ndarray:
+def row_at(position: int | np.ndarray, rows: int | np.ndarray, seed: int | np.ndarray) -> np.ndarray:
     """The rows at the given positions of the endless shuffled stream.
 
     Args:
         position: Position(s) counted from the start of training; epoch = position // rows.
-        rows: Rows an epoch, at least 1.
-        seed: Seed of the order.
+        rows: Rows an epoch, at least 1; an array where positions are of several streams.
+        seed: Seed of the order; an array likewise.
 
     Returns:
         (positions,) int64, each in [0, rows).
     """
     positions = np.atleast_1d(np.asarray(position, dtype=np.int64))
-    half_bits = max(1, ((rows - 1).bit_length() + 1) // 2)
+    half_bits = (1 + np.searchsorted(_CAPACITIES, rows)).astype(np.uint64)
     epochs = (positions // rows).astype(np.uint64)
-    keys = _mix(_mix(np.uint64(seed) + epochs * _GOLDEN))
+    keys = _mix(_mix(np.asarray(seed, dtype=np.uint64) + epochs * _GOLDEN))
     values = (positions % rows).astype(np.uint64)
+    limits = np.broadcast_to(np.asarray(rows, dtype=np.uint64), values.shape)
+    half_bits = np.broadcast_to(half_bits, values.shape)
     values = _feistel(values, keys, half_bits)
-    outside = values >= rows
-    while outside.any():
-        values[outside] = _feistel(values[outside], keys[outside], half_bits)
-        outside = values >= rows
+    outside = np.flatnonzero(values >= limits)
+    while len(outside):
+        values[outside] = _feistel(values[outside], keys[outside], half_bits[outside])
+        outside = outside[values[outside] >= limits[outside]]
     return values.astype(np.int64)
 
 
-def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: int) -> np.ndarray:
+def _feistel(values: np.ndarray, keys: np.ndarray, half_bits: np.ndarray) -> np.ndarray:
     """A bijection of [0, 4**half_bits), chosen by the keys."""
-    low_mask = np.uint64((1 << half_bits) - 1)
-    shift = np.uint64(half_bits)
-    left, right = values >> shift, values & low_mask
+    low_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & low_mask
     for round_key in _ROUND_KEYS:
         left, right = right, left ^ (_mix(right + keys + round_key) & low_mask)
-    return (left << shift) | right
+    return (left << half_bits) | right
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

@@ -11,10 +11,16 @@ Megatron-LM, NeMo, gpt-neox and nanotron read the `.bin`/`.idx` pairs. The manif
 one is no store. This module writes, maps and verifies; it neither tokenises nor makes batches.
 """
 
+import bisect
+import functools
 import hashlib
+import itertools
 import json
+import mmap
+import os
+import resource
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,83 +123,160 @@ class _HashedFile:
 
 
 class Shard:
-    """One memory-mapped shard.
+    """One shard, memory-mapped. Nothing of it is read here but the ends of its index.
 
     Attributes:
         tokens: (tokens,) ids of all documents, one after another.
-        mask: (tokens,) 1 = supervised, or None where the shard has no mask.
-        starts: (documents + 1,) offset of every document, and the end.
+        mask: (tokens,) bool, True = supervised, or None where the shard has no mask.
+        documents: How many.
+
+    Raises:
+        UserError: Files that are cut short, of another format, or do not belong together.
     """
 
     def __init__(self, prefix: Path):
+        self.prefix = prefix
         idx_path, bin_path, mask_path = (
             prefix.with_name(f"{prefix.name}.{ending}") for ending in ("idx", "bin", "mask")
         )
-        with open(idx_path, "rb") as idx:
-            header = idx.read(34)
-            if header[:9] != _IDX_HEADER or len(header) < 34:
-                raise UserError(f"{idx_path}: not an MMIDIDX index", "prepare the store again")
-            version, code, sequences, documents = struct.unpack("<QBQQ", header[9:])
-            if version != 1 or code not in _DTYPE_CODES:
-                raise UserError(f"{idx_path}: version {version}, dtype code {code} is not read here", "prepare again")
-            if idx_path.stat().st_size < 34 + 12 * sequences + 8 * documents:
-                raise UserError(f"{idx_path} is cut short", "prepare the store again")
-            lengths = np.fromfile(idx, dtype=np.int32, count=sequences)
-            pointers = np.fromfile(idx, dtype=np.int64, count=sequences)
-            sequence_of_document = np.fromfile(idx, dtype=np.int64, count=documents)
+        idx = _map(idx_path)
+        if idx[:9] != _IDX_HEADER or len(idx) < 34:
+            raise UserError(f"{idx_path}: not an MMIDIDX index", "prepare the store again")
+        version, code, sequences, documents = struct.unpack("<QBQQ", idx[9:34])
+        if version != 1 or code not in _DTYPE_CODES:
+            raise UserError(f"{idx_path}: version {version}, dtype code {code} is not read here", "prepare again")
+        if not sequences or documents < 2 or len(idx) < 34 + 12 * sequences + 8 * documents:
+            raise UserError(f"{idx_path} is cut short", "prepare the store again")
+        self._lengths = np.frombuffer(idx, np.int32, sequences, offset=34)
+        self._pointers = np.frombuffer(idx, np.int64, sequences, offset=34 + 4 * sequences)
+        self._sequence_of_document = np.frombuffer(idx, np.int64, documents, offset=34 + 12 * sequences)
+        self.documents = documents - 1
+        self._bin = _map(bin_path)
+        self._mask = _map(mask_path) if mask_path.exists() else None
+        for mapped in filter(None, (self._bin, self._mask)):
+            mapped.madvise(mmap.MADV_RANDOM)  # rows are far apart: what lies around one is not read along with it
         dtype = np.dtype(_DTYPE_CODES[code])
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
-            raise UserError(f"{idx_path}: documents do not follow one another", "prepare the store again")
-        self.starts = ends[sequence_of_document]
-        self.tokens = np.memmap(bin_path, dtype=dtype, mode="r")
-        self.mask = np.memmap(mask_path, dtype=np.uint8, mode="r") if mask_path.exists() else None
-        if len(self.tokens) != ends[-1] or (self.mask is not None and len(self.mask) != ends[-1]):
+        size = int(self._pointers[-1]) + int(self._lengths[-1]) * dtype.itemsize
+        if len(self._bin) != size or (self._mask is not None and len(self._mask) * dtype.itemsize != size):
             raise UserError(f"{prefix}: the files differ in length", "prepare the store again")
+        self.tokens = np.frombuffer(self._bin, dtype)
+        self.mask = None if self._mask is None else np.frombuffer(self._mask, bool)
+
+    def document(self, index: int) -> slice:
+        """Where a document lies among the tokens, after checking that it begins and ends where its neighbours do."""
+        itemsize, sequences = self.tokens.itemsize, len(self._lengths)
+        first, last = index, index + 1
+        if sequences != self.documents:  # Megatron's documents may have several sequences, ours have one
+            first, last = (int(place) for place in self._sequence_of_document[index : index + 2])
+        if 0 <= first < last <= sequences:
+            start, end = int(self._pointers[first]), len(self._bin)
+            stop = int(self._pointers[last]) if last < sequences else end
+            length = int(self._lengths[first]) if last == first + 1 else int(self._lengths[first:last].sum())
+            if 0 <= start <= stop <= end and stop - start == length * itemsize:
+                return slice(start // itemsize, stop // itemsize)
+        raise UserError(f"{self.prefix}.idx: documents do not follow one another", "prepare the store again")
+
+    def announce(self, part: slice) -> None:
+        """Lets the kernel begin to read these tokens from disk, and does not wait for it."""
+        for mapped, itemsize in ((self._bin, self.tokens.itemsize), (self._mask, 1)):
+            if mapped is not None:
+                start = part.start * itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+                mapped.madvise(mmap.MADV_WILLNEED, start, part.stop * itemsize - start)
+
+
+def _map(path: Path) -> mmap.mmap:
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise UserError(f"{path} is empty", "prepare the store again")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class Split:
     """One split of a store as a single stream of tokens, whatever the number of shards.
 
+    Its sizes come from the manifest; a shard is mapped when it is first read, so that opening takes no longer for
+    many documents.
+
     Args:
         folder: `store/train` or `store/validation`.
-        names: Shard names in order, from the manifest.
+        shards: Their entries in the manifest, in order.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str]):
-        self.shards = [Shard(folder / name) for name in names]
-        self._token_starts = np.cumsum([0] + [len(shard.tokens) for shard in self.shards])
-        self._document_starts = np.cumsum([0] + [len(shard.starts) - 1 for shard in self.shards])
+    def __init__(self, folder: Path, shards: list[dict]):
+        self.folder, self._entries = folder, shards
+        self._token_starts = list(itertools.accumulate((shard["tokens"] for shard in shards), initial=0))
+        self._document_starts = list(itertools.accumulate((shard["documents"] for shard in shards), initial=0))
+        self.longest_document = max((shard["longest_document"] for shard in shards), default=0)
+        self._shard = functools.lru_cache(_mapped_shards_at_most(len(shards)))(self._map_shard)
 
     @property
     def tokens(self) -> int:
-        return int(self._token_starts[-1])
+        return self._token_starts[-1]
 
     @property
     def documents(self) -> int:
-        return int(self._document_starts[-1])
+        return self._document_starts[-1]
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of the stream as int64, and their supervision mask (all ones where none is stored)."""
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Tokens [start, stop) of the stream as int64, and their supervision mask (bool), None where none is stored.
+
+        Raises:
+            UserError: A shard that is not what the manifest says.
+        """
         ids, masks = [], []
-        shard_index = int(np.searchsorted(self._token_starts, start, side="right")) - 1
-        while start < stop:
-            offset = int(self._token_starts[shard_index])
-            shard = self.shards[shard_index]
-            part = slice(start - offset, min(stop - offset, len(shard.tokens)))
+        for shard, part in self._parts(start, stop):  # copies: a view would keep its shard open
             ids.append(shard.tokens[part].astype(np.int64))
-            masks.append(shard.mask[part].astype(bool) if shard.mask is not None else np.ones(len(ids[-1]), bool))
-            start += len(ids[-1])
-            shard_index += 1
-        return np.concatenate(ids), np.concatenate(masks)
+            if shard.mask is not None:
+                masks.append(shard.mask[part].copy())
+        return _joined(ids), _joined(masks) if masks else None
 
     def document(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (tokens,) int64 and supervision mask (tokens,) bool of one document."""
-        shard_index = int(np.searchsorted(self._document_starts, index, side="right")) - 1
-        starts = self.shards[shard_index].starts
-        local = index - int(self._document_starts[shard_index])
-        offset = int(self._token_starts[shard_index])
-        return self.read(offset + int(starts[local]), offset + int(starts[local + 1]))
+        """Ids (tokens,) int64 and supervision mask (tokens,) bool of one document, all ones where none is stored."""
+        ids, mask = self.read(*self.span(index))
+        return ids, np.ones(len(ids), bool) if mask is None else mask
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where a document begins and ends in the stream."""
+        shard_index = bisect.bisect_right(self._document_starts, index) - 1
+        part = self._shard(shard_index).document(index - self._document_starts[shard_index])
+        offset = self._token_starts[shard_index]
+        return offset + part.start, offset + part.stop
+
+    def announce(self, start: int, stop: int) -> None:
+        """Lets the kernel begin to read tokens [start, stop) from disk, and does not wait for it."""
+        for shard, part in self._parts(start, stop):
+            shard.announce(part)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, slice]]:
+        shard_index = bisect.bisect_right(self._token_starts, start) - 1
+        while start < stop:
+            offset, end = self._token_starts[shard_index : shard_index + 2]
+            yield self._shard(shard_index), slice(start - offset, min(stop, end) - offset)
+            start, shard_index = end, shard_index + 1
+
+    def _map_shard(self, index: int) -> Shard:
+        entry = self._entries[index]
+        shard = Shard(self.folder / entry["name"])
+        if (len(shard.tokens), shard.documents) != (entry["tokens"], entry["documents"]):
+            raise UserError(f"{shard.prefix}.idx is not what the manifest says", "prepare the store again")
+        return shard
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _mapped_shards_at_most(shards: int) -> int:
+    """How many shards of one split stay mapped at a time: a map of Python's holds a file open, three are a shard's.
+
+    The system's limit on open files is raised as far as it may be where it is too low; a split takes an eighth of it.
+    """
+    wanted = 8 * 3 * shards
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return shards if soft == resource.RLIM_INFINITY else max(1, min(shards, soft // (8 * 3)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +305,7 @@ def open_store(path: Path) -> Store:
         UserError: No store there, or files missing or of another size.
     """
     manifest = _check_sizes(path)
-    train, validation = (
-        Split(path / split, (shard["name"] for shard in manifest["splits"][split]["shards"])) for split in SPLITS
-    )
+    train, validation = (Split(path / split, manifest["splits"][split]["shards"]) for split in SPLITS)
     return Store(path=path, manifest=manifest, train=train, validation=validation)
 
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 from tsumugu import config as configuration
 from tsumugu.config import TrainingRun
 from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
+from tsumugu.data.mixture import Mixture, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
 from tsumugu.data.store import Store, open_store
 from tsumugu.distributed.environment import Environment, on_main, process_group
@@ -72,16 +74,15 @@ class Trainer:
     def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment):
         self.config, self.run_dir, self.environment = config, run_dir, environment
         self.device = environment.device
-        store = open_store(Path(config.data.store))
-        contract = _store_contract(store)
-        self.train_rows, self.validation_rows = _rows(config, store, contract)
+        self.data = data = _open_data(config)
+        contract = data.contract
         self.share = Share(
             rank=environment.rank,
             world_size=environment.world_size,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
         )
-        self.max_steps, self.total_rows = _length(config, len(self.train_rows))
+        self.max_steps = data.steps
         check_schedule(self.max_steps, config.schedule)
 
         resumed_step = checkpoint.newest(run_dir, report=lambda line: print(line, flush=True))
@@ -89,15 +90,17 @@ class Trainer:
         saved = checkpoint.folder(run_dir, resumed_step) if resumed else on_main(lambda: _start_from(config))
         self.model_config = _model_config(config, contract, environment, saved, resumed)
         dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        self.identity = _identity(config, store, self.model_config, self.max_steps, self.total_rows, dtype)
-        self.store = store
+        self.identity = _identity(config, data, self.model_config, dtype)
 
         self.step, self.tokens_seen, self.supervised_tokens_seen = 0, 0, 0
+        self.rows_by_store, self.tokens_by_store = ([0] * len(data.stores) for _ in range(2))
         if resumed:
             state = checkpoint.read_state(run_dir, resumed_step)
             _check_identity(state["identity"], self.identity, run_dir)
             self.step, self.tokens_seen = state["step"], state["tokens_seen"]
             self.supervised_tokens_seen = state["supervised_tokens_seen"]
+            if self.mixed:
+                self.rows_by_store, self.tokens_by_store = state["rows_by_store"], state["tokens_by_store"]
 
         compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -113,6 +116,11 @@ class Trainer:
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the run reads several stores, and says so in its figures."""
+        return len(self.data.stores) > 1
+
     def train(self, request: StopRequest) -> Outcome:
         """Takes the steps that are left; ends early, with a checkpoint, once any process is asked to stop."""
         if self.step == self.max_steps:
@@ -120,6 +128,7 @@ class Trainer:
         on_main(self._open_run_folder)
         try:
             self._take_steps(request)
+            self._say_mixture()
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -153,14 +162,17 @@ class Trainer:
         """
         started = time.perf_counter()
         torch.manual_seed(self._step_seed())
-        batches = training_batches(self.train_rows, self.step, self.share, self.config.train.seed, self.total_rows)
+        batches, stores = training_batches(self.data.train_rows, self.data.mixture, self.step, self.share)
         data_seconds = time.perf_counter() - started
         counts = [
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
             sum(sum(batch.lengths) for batch in batches),
             sum(length**2 for batch in batches for length in batch.lengths),
         ]
-        supervised, tokens, squared_lengths = self._all_sum(counts).tolist()
+        lengths = [length for batch in batches for length in batch.lengths][: len(stores)]
+        by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
+        counts += [int(count) for counted in by_store for count in counted]
+        supervised, tokens, squared_lengths, *counts_by_store = self._all_sum(counts).tolist()
 
         self.model.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -179,6 +191,9 @@ class Trainer:
         reduced = self._all_sum([loss.item(), float(bool(request))])
         self.tokens_seen += tokens
         self.supervised_tokens_seen += supervised
+        for index in range(len(self.data.stores)):
+            self.rows_by_store[index] += counts_by_store[index]
+            self.tokens_by_store[index] += counts_by_store[len(self.data.stores) + index]
         loss_value = reduced[0].item() if supervised > 0 else math.nan
         if supervised > 0 and not math.isfinite(loss_value + grad_norm.item()):
             raise UserError(
@@ -192,28 +207,25 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict:
-        """Loss, perplexity and bits per byte of the validation split, over its supervised tokens; {} without one."""
-        if len(self.validation_rows) == 0:
-            return {}
+        """Loss, perplexity and bits per byte of the validation splits, over their supervised tokens; {} without any.
+
+        With several stores those of each come after those of all, in which a token of any store counts as one.
+        """
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for batch in validation_batches(self.validation_rows, self.share, self.config.evaluate.batches):
-            labels = torch.from_numpy(batch.labels).to(self.device)
-            supervised = labels[labels != IGNORE_INDEX]
-            sums[0] += self._summed_loss(batch)
-            sums[1] += supervised.numel()
-            sums[2] += self.token_bytes[supervised].sum()
+        sums = torch.zeros(len(self.data.stores), 3, dtype=torch.float64, device=self.device)
+        for rows, of_store in zip(self.data.validation_rows, sums, strict=True):
+            for batch in validation_batches(rows, self.share, self.config.evaluate.batches):
+                labels = torch.from_numpy(batch.labels).to(self.device)
+                supervised = labels[labels != IGNORE_INDEX]
+                of_store[0] += self._summed_loss(batch)
+                of_store[1] += supervised.numel()
+                of_store[2] += self.token_bytes[supervised].sum()
         dist.all_reduce(sums)
-        nats, tokens, text_bytes = sums.tolist()
-        if tokens == 0:
-            return {}
-        loss = nats / tokens
-        figures = {
-            "validation_loss": loss,
-            "validation_perplexity": math.exp(min(loss, 700)),
-            "validation_bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
-        }
-        if self.metrics:
+        figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
+        if self.mixed:
+            for name, of_store in zip(self.data.mixture.names, sums.tolist(), strict=True):
+                figures |= _validation_figures(f"validation/{name}/", of_store)
+        if self.metrics and figures:
             self.metrics.write({"step": self.step, **figures})
         return figures
 
@@ -223,18 +235,33 @@ class Trainer:
             "step": self.step,
             "tokens_seen": self.tokens_seen,
             "supervised_tokens_seen": self.supervised_tokens_seen,
-            "template": self.store.manifest["template"],
-            "add_bos": self.store.manifest["add_bos"],
+            "template": self.data.stores[0].manifest["template"],
+            "add_bos": self.data.stores[0].manifest["add_bos"],
             "identity": self.identity,
         }
+        if self.mixed:
+            state |= {"rows_by_store": self.rows_by_store, "tokens_by_store": self.tokens_by_store}
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
         on_main(lambda: checkpoint.prune(self.run_dir, self.step, self.config.checkpoint.keep))
+        on_main(self._write_mixture)
 
     def _open_run_folder(self) -> None:
         if self.step == 0:
-            _write_origin(self.run_dir, self.model_config, self.store)
+            _write_origin(self.run_dir, self.model_config, self.data.stores[0])
         configuration.write(self.config, self.run_dir / "config.yaml")
         self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
+        self._write_mixture()
+        self._say_mixture()
+
+    def _write_mixture(self) -> None:
+        if self.mixed:
+            reported = report(self.data.mixture, self.rows_by_store, self.tokens_by_store)
+            content = json.dumps(reported, ensure_ascii=False, indent=1)
+            (self.run_dir / "mixture.json").write_text(content, encoding="utf-8")
+
+    def _say_mixture(self) -> None:
+        if self.mixed and self.metrics:
+            self.metrics.say(table(report(self.data.mixture, self.rows_by_store, self.tokens_by_store)))
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
@@ -285,7 +312,14 @@ class Trainer:
                 "step_seconds": seconds / interval.steps,
                 "data_seconds": interval.data_seconds / interval.steps,
             }
+            | self._seen_by_store()
         )
+
+    def _seen_by_store(self) -> dict:
+        if not self.mixed:
+            return {}
+        names = self.data.mixture.names
+        return {f"tokens/{name}": tokens for name, tokens in zip(names, self.tokens_by_store, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -315,14 +349,55 @@ class _Interval:
         self.data_seconds += figures.data_seconds
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What a run reads: stores of one tokenizer, the rows of their splits, and in what order for how many steps."""
+
+    stores: list[Store]
+    contract: Contract
+    train_rows: list[Rows]
+    validation_rows: list[Rows]
+    steps: int
+    mixture: Mixture
+
+
 def planned_steps(config: TrainingRun) -> int:
-    """The steps that a configuration asks for, on the store that it names."""
-    store = open_store(Path(config.data.store))
-    return _length(config, len(_rows(config, store, _store_contract(store))[0]))[0]
+    """The steps that a configuration asks for, on the stores that it names."""
+    return _open_data(config).steps
 
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _validation_figures(prefix: str, sums: list[float]) -> dict:
+    """From nats, supervised tokens and bytes of text; {} without a token."""
+    nats, tokens, text_bytes = sums
+    if tokens == 0:
+        return {}
+    return {
+        f"{prefix}loss": nats / tokens,
+        f"{prefix}perplexity": math.exp(min(nats / tokens, 700)),
+        f"{prefix}bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else math.nan,
+    }
+
+
+def _open_data(config: TrainingRun) -> _Data:
+    stores = [open_store(Path(entry.path)) for entry in config.data.entries]
+    contract, *_ = (_store_contract(store) for store in stores)
+    _check_alike(config, stores)
+    packing = PACKINGS[config.data.packing]
+    pad_id = contract.pad_id or 0  # what a padded position holds is never seen: it is neither attended to nor a label
+    train_rows, validation_rows = (
+        [packing(split, config.data.sequence_length, pad_id) for split in splits]
+        for splits in ([store.train for store in stores], [store.validation for store in stores])
+    )
+    sizes = [len(rows) for rows in train_rows]
+    if 0 in sizes:
+        raise UserError(f"{stores[sizes.index(0)].path} holds no row for training", "prepare a larger corpus")
+    steps, total_rows = _length(config, sizes[0])
+    mixture = mix(config.data, sizes, total_rows, config.train.global_batch_size, config.train.seed)
+    return _Data(stores, contract, train_rows, validation_rows, steps, mixture)
 
 
 def _store_contract(store: Store) -> Contract:
@@ -334,21 +409,28 @@ def _store_contract(store: Store) -> Contract:
     return contract
 
 
-def _rows(config: TrainingRun, store: Store, contract: Contract) -> tuple[Rows, Rows]:
-    if store.supervised and config.data.packing == "concatenate":
+def _check_alike(config: TrainingRun, stores: list[Store]) -> None:
+    """Refuses a packing that the stores do not allow, and stores that no one model can be trained and exported with."""
+    first = stores[0]
+    for store in stores:
+        if store.fingerprint != first.fingerprint:
+            raise UserError(
+                f"{store.path} was made with another tokenizer than {first.path}", "prepare both with the same one"
+            )
+        for key in ("kind", "template", "add_bos"):
+            if store.manifest[key] != first.manifest[key]:
+                raise UserError(
+                    f"{store.path} has {key} {store.manifest[key]}, {first.path} has {first.manifest[key]}",
+                    "stores of a mixture must be prepared alike",
+                )
+    if first.supervised and config.data.packing == "concatenate":
         raise UserError(
-            f"data.packing is concatenate, but {store.path} holds instructions", "set data.packing to pad_left"
+            f"data.packing is concatenate, but {first.path} holds instructions", "set data.packing to pad_left"
         )
-    packing = PACKINGS[config.data.packing]
-    pad_id = contract.pad_id or 0  # what a padded position holds is never seen: it is neither attended to nor a label
-    train_rows = packing(store.train, config.data.sequence_length, pad_id)
-    if len(train_rows) == 0:
-        raise UserError(f"{store.path} holds no row for training", "prepare a larger corpus")
-    return train_rows, packing(store.validation, config.data.sequence_length, pad_id)
 
 
 def _length(config: TrainingRun, rows: int) -> tuple[int, int]:
-    """Steps of the run, and the position from which rows are empty."""
+    """Steps of the run, and the position from which rows are empty; `rows` are those of a lone store."""
     train, batch = config.train, config.train.global_batch_size
     if train.max_epochs is not None:
         total_rows = max(1, math.ceil(round(train.max_epochs * rows, 6)))  # 1.1 × 10 is 11.000000000000002
@@ -422,7 +504,7 @@ def _extension(config: TrainingRun, path: str) -> build.NewRows:
     """The rows that the store's tokenizer has beyond the one at `path`, where it is an extension of that."""
     if not (Path(path) / "contract.json").exists():
         return []
-    return new_rows(Path(config.data.store) / "tokenizer", read_contract(Path(path))) or []
+    return new_rows(Path(config.data.entries[0].path) / "tokenizer", read_contract(Path(path))) or []
 
 
 def _new_rows(config: TrainingRun, pretrained: Path) -> build.NewRows:
@@ -447,19 +529,16 @@ def _starting_weights(config: TrainingRun):
     return build.initialised(config.train.seed)
 
 
-def _identity(
-    config: TrainingRun, store: Store, model_config: PretrainedConfig, max_steps: int, total_rows: int, dtype: str
-) -> dict:
+def _identity(config: TrainingRun, data: _Data, model_config: PretrainedConfig, dtype: str) -> dict:
     """What must not change when a run is resumed: everything that its numbers depend on, but for the mesh."""
-    content = json.dumps([store.fingerprint, store.manifest["splits"]], sort_keys=True).encode()
     volatile = ("transformers_version", "_name_or_path", "dtype", "architectures")
     shape = {key: value for key, value in model_config.to_dict().items() if key not in volatile}
     return {
-        "data.store": hashlib.sha256(content).hexdigest(),
+        **_identity_of_data(config, data.stores),
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
-        "the length of the run (steps)": max_steps,
-        "the rows of the run": total_rows,
+        "the length of the run (steps)": data.steps,
+        "the rows of the run": data.mixture.total,
         "train.global_batch_size": config.train.global_batch_size,
         "train.seed": config.train.seed,
         "train.dtype": dtype,
@@ -467,6 +546,22 @@ def _identity(
         **{f"schedule.{key}": value for key, value in dataclasses.asdict(config.schedule).items()},
         **{f"the model's {key}": value for key, value in json.loads(json.dumps(shape, default=str)).items()},
     }
+
+
+def _identity_of_data(config: TrainingRun, stores: list[Store]) -> dict:
+    """The contents of the stores, wherever they lie, and how they are mixed."""
+    contents = []
+    for store in stores:
+        content = json.dumps([store.fingerprint, store.manifest["splits"]], sort_keys=True).encode()
+        contents.append(hashlib.sha256(content).hexdigest())
+    if len(stores) == 1:
+        return {"data.store": contents[0]}
+    mixed = {f"data.stores.{entry.name}": content for entry, content in zip(config.data.stores, contents, strict=True)}
+    for entry in config.data.stores:
+        mixed |= {f"data.stores.{entry.name}.{key}": getattr(entry, key) for key in ("weight", "tokens", "max_epochs")}
+    if config.data.stages:
+        mixed["data.stages"] = [dataclasses.asdict(stage) for stage in config.data.stages]
+    return {"data.stores": [entry.name for entry in config.data.stores], **mixed}
 
 
 def _check_identity(saved: dict, identity: dict, run_dir: Path) -> None:

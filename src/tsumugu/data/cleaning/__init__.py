@@ -1,0 +1,1 @@
+"""Cleaning: characters mended, personal data masked, bad text dropped with a reason."""

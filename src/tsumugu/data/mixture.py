@@ -1,0 +1,317 @@
+"""Which store's row stands at which position, when a run reads several stores: a pure function, like the order itself.
+
+Weights, token budgets and limits on epochs become whole numbers of rows, for every store in every stage, once, at the
+start. From them follows, for any position in constant memory, how often each store was read before it. Stores are
+interleaved by rounding their cumulative shares, and shuffled within short blocks, so that every stretch of the run has
+the planned shares to within a few rows; within a store the n-th use is `row_at(n, ...)`, so that every epoch of every
+store is a full permutation.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from tsumugu.config import DataConfig
+from tsumugu.data.sampler import row_at
+from tsumugu.errors import UserError
+
+BLOCK = 64  # positions whose stores are shuffled among themselves: no rank gets the same store over and over
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The plan of a run: rows of every store in every stage.
+
+    Attributes:
+        names: The stores.
+        rows: Rows an epoch of each store.
+        seeds: Seeds of their orders.
+        seed: Seed of how they are interleaved.
+        starts: First position of every stage.
+        counts: [stage][store] rows that the stage takes of the store.
+        cut: Stores whose share is less than their weight, because of max_epochs.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    seeds: tuple[int, ...]
+    seed: int
+    starts: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    cut: frozenset[str]
+
+    @property
+    def total(self) -> int:
+        """Rows of the run."""
+        return sum(map(sum, self.counts))
+
+    @property
+    def planned(self) -> list[int]:
+        """Rows of the run by store."""
+        return [sum(column) for column in zip(*self.counts, strict=True)]
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The stores (as places in `names`) and their rows at the given positions, each in [0, total)."""
+        positions = np.asarray(positions, dtype=np.int64)
+        stores, uses = np.zeros_like(positions), np.zeros_like(positions)
+        stage_of = np.searchsorted(self.starts, positions, side="right") - 1
+        for stage in np.unique(stage_of).tolist():
+            here = stage_of == stage
+            stores[here], uses[here] = self._in_stage(stage, positions[here] - self.starts[stage])
+        return stores, row_at(uses, np.array(self.rows)[stores], np.array(self.seeds)[stores])
+
+    def _in_stage(self, stage: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Stores at positions counted from the start of the stage, and how often each was used before in the run."""
+        counts = self.counts[stage]
+        length = sum(counts)
+        read = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-counts[i], self.names[i]))
+        used = np.array([sum(earlier[i] for earlier in self.counts[:stage]) for i in read])
+        if len(read) == 1:
+            return np.full_like(positions, read[0]), used[0] + positions
+        blocks, block_of = np.unique(positions // BLOCK, return_inverse=True)
+        first = blocks * BLOCK
+        last = np.minimum(first + BLOCK, length)
+        before, after = (_divide(ends, [counts[i] for i in read]) for ends in (first, last))
+        ends = np.cumsum(after - before, axis=0)  # in a block whose stores are not yet shuffled
+        number = self.starts[stage] // BLOCK + stage + blocks  # another one for every block of the run
+        inside = np.broadcast_to(np.arange(BLOCK), (len(blocks), BLOCK))
+        shuffled = row_at((number[:, None] * BLOCK + inside), BLOCK, self.seed)
+        shuffled = np.where((last - first < BLOCK)[:, None], inside, shuffled)  # the stage may end within a block
+        chosen = (shuffled >= ends[:, :, None]).sum(axis=0)
+        # among the places of the block that have the same store, the first is its next use, and so on
+        rank = np.argsort(np.argsort(chosen, axis=1, kind="stable"), axis=1)
+        place = block_of, positions % BLOCK
+        store = chosen[place]
+        uses = used[store] + after[store, block_of] - ends[store, block_of] + rank[place]
+        return np.array(read)[store], uses
+
+
+def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int) -> Mixture:
+    """The plan of a run.
+
+    A store with `tokens` has that many rows, spread evenly over the run; the rest of every stage is divided by weight.
+    Where every store has `tokens`, the run ends with the last of them. A store that would be read more often than its
+    max_epochs has its rows cut to that number, in every stage by the same factor, and the others of the stage take what
+    it leaves, in proportion to their weights.
+
+    Args:
+        data: Stores and stages; its `entries` in the order of `rows`.
+        rows: Rows an epoch of every store.
+        total: Rows of the run.
+        batch: Rows a step.
+        seed: train.seed; a store that is alone has the order of that seed, others one of seed and name.
+
+    Raises:
+        UserError: Stages, budgets or max_epochs that do not fit the run.
+    """
+    entries, steps = data.entries, -(-total // batch)
+    names = tuple(entry.name for entry in entries)
+    for index, stage in enumerate(data.stages):
+        if stage.from_step >= steps:
+            raise UserError(
+                f"data.stages[{index}].from_step is {stage.from_step}, the run has {steps} steps",
+                "lower it, or remove the stage",
+            )
+    limits = [
+        None if entry.max_epochs is None else int(round(entry.max_epochs * available, 6))
+        for entry, available in zip(entries, rows, strict=True)
+    ]
+    budgets = _budgets(data, limits, steps, batch)
+    weights = [[entry.weight or 0 for entry in entries]]
+    weights += [[stage.weights.get(name, 0) for name in names] for stage in data.stages]
+    if all(entry.tokens for entry in entries):
+        total, weights, budgets = min(total, sum(budgets)), [budgets], [0] * len(entries)
+
+    def starts_of(run: int) -> list[int]:
+        return [start for start in (0, *(stage.from_step * batch for stage in data.stages)) if start < run]
+
+    def plan_of(run: int) -> tuple[list[list[int]], set[int]] | None:
+        starts = starts_of(run)
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], run], strict=True)]
+        return plan(lengths, weights[: len(lengths)], budgets, limits)
+
+    if (found := plan_of(total)) is None:
+        possible = _last_true(lambda step: plan_of(step * batch) is not None, -(-sum(budgets) // batch), steps)
+        limited = ", ".join(f"{entry.name}: {entry.max_epochs:g}" for entry in entries if entry.max_epochs is not None)
+        raise UserError(
+            f"max_epochs of data.stores ({limited}) leaves rows for {possible} steps, the run has {steps}",
+            "raise it, give other stores a weight in every stage, or shorten the run",
+        )
+    counts, cut = found
+    return Mixture(
+        names=names,
+        rows=tuple(rows),
+        seeds=tuple(seed if len(names) == 1 else _seed_of(f"{seed} {name}") for name in names),
+        seed=_seed_of(str(seed)),
+        starts=tuple(starts_of(total)),
+        counts=tuple(map(tuple, counts)),
+        cut=frozenset(names[store] for store in cut),
+    )
+
+
+def report(mixture: Mixture, rows: Sequence[int], tokens: Sequence[int]) -> dict:
+    """What is planned for every store and what was seen of it so far, in `rows` and `tokens`; shares are of rows."""
+    total, seen = mixture.total, max(1, sum(rows))
+    stores = {
+        name: {
+            "planned_share": planned / total,
+            "planned_epochs": planned / available,
+            "planned_rows": planned,
+            "cut_by_max_epochs": name in mixture.cut,
+            "seen_share": rows[index] / seen,
+            "seen_epochs": rows[index] / available,
+            "seen_rows": rows[index],
+            "seen_tokens": tokens[index],
+        }
+        for index, (name, planned, available) in enumerate(
+            zip(mixture.names, mixture.planned, mixture.rows, strict=True)
+        )
+    }
+    stages = [
+        {
+            "from_row": start,
+            "planned_shares": dict(zip(mixture.names, (count / sum(counts) for count in counts), strict=True)),
+        }
+        for start, counts in zip(mixture.starts, mixture.counts, strict=True)
+    ]
+    return {"rows": total, "stores": stores, "stages": stages}
+
+
+def table(reported: dict) -> str:
+    """A report in lines for a terminal."""
+    width = max(5, *(len(name) for name in reported["stores"]))
+    lines = [f"{'store':{width}}  planned share  seen share  planned epochs  seen epochs"]
+    for name, store in reported["stores"].items():
+        lines.append(
+            f"{name:{width}}  {store['planned_share']:13.3%}  {store['seen_share']:10.3%}  "
+            f"{store['planned_epochs']:14.3f}  {store['seen_epochs']:11.3f}"
+            + ("  cut by max_epochs" if store["cut_by_max_epochs"] else "")
+        )
+    return "\n".join(lines)
+
+
+def plan(
+    lengths: Sequence[int],
+    weights: Sequence[Sequence[float]],
+    budgets: Sequence[int],
+    limits: Sequence[int | None],
+) -> tuple[list[list[int]], set[int]] | None:
+    """Whole rows of every store in every stage.
+
+    Args:
+        lengths: Rows of every stage.
+        weights: [stage][store], 0 for a store that has a budget.
+        budgets: [store] rows over the run, spread evenly; 0 for a store that is read by weight.
+        limits: [store] rows over the run at most, or None.
+
+    Returns:
+        [stage][store] rows, and the stores that were cut to their limits; None where limits leave a stage short.
+    """
+    stages, stores = range(len(lengths)), range(len(budgets))
+    ends = np.array([0, *itertools.accumulate(lengths)])
+    if sum(budgets) > ends[-1]:
+        return None
+    *counts, left = np.diff(_divide(ends, [*budgets, int(ends[-1]) - sum(budgets)])).tolist()
+    counts = [list(stage) for stage in zip(*counts, strict=True)]
+
+    cut: set[int] = set()
+    targets = [dict.fromkeys(stores, Fraction(0)) for _ in stages]
+    while True:
+        for stage in stages:
+            free = {s: Fraction(weights[stage][s]) for s in stores if s not in cut and weights[stage][s] > 0}
+            rest = left[stage] - sum(targets[stage][s] for s in cut)
+            if rest > 0 and not free:
+                return None
+            targets[stage] |= {s: rest * weight / sum(free.values()) for s, weight in free.items()}
+        wanted = [sum(target[s] for target in targets) for s in stores]
+        over = {s: limit for s in stores if s not in cut and (limit := limits[s]) is not None and wanted[s] > limit}
+        if not over:
+            break
+        for target in targets:
+            target |= {s: target[s] * limit / wanted[s] for s, limit in over.items()}
+        cut |= over.keys()
+
+    # Rounded down first; the rows that are missing go to the stores that are owed most.
+    owed = wanted
+    for stage in stages:
+        for s in stores:
+            counts[stage][s] += int(targets[stage][s])
+            owed[s] -= int(targets[stage][s])
+    for stage in stages:
+        for _ in range(lengths[stage] - sum(counts[stage])):
+            room = [
+                s
+                for s in stores
+                if targets[stage][s] > 0 and ((limit := limits[s]) is None or sum(row[s] for row in counts) < limit)
+            ]
+            if not room:
+                return None
+            given = max(room, key=owed.__getitem__)
+            counts[stage][given] += 1
+            owed[given] -= 1
+    return counts, cut
+
+
+def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: int) -> list[int]:
+    """Rows of every store that has a token budget, else 0, after checking that they fit the run."""
+    entries, length = data.entries, data.sequence_length
+    for index, (entry, limit) in enumerate(zip(entries, limits, strict=True)):
+        if entry.tokens is not None and limit is not None and entry.tokens > limit * length:
+            raise UserError(
+                f"data.stores[{index}].tokens ({entry.name}) is {entry.tokens}, its max_epochs {entry.max_epochs:g} "
+                f"allows {limit * length}",
+                "lower tokens, or raise max_epochs",
+            )
+    asked, step = sum(entry.tokens or 0 for entry in entries), batch * length
+    if all(entry.tokens for entry in entries):
+        if -(-asked // step) != steps:
+            raise UserError(
+                f"the tokens of data.stores are {asked} in all, the run has {steps * step} ({steps} steps)",
+                f"set train.max_tokens to {asked}, or give a store a weight in place of tokens to take the rest",
+            )
+    elif asked >= steps * step:
+        raise UserError(
+            f"the tokens of data.stores are {asked} in all, the run has {steps * step} and leaves none to the weights",
+            "lower them, or lengthen the run",
+        )
+    return [-(-(entry.tokens or 0) // length) for entry in entries]
+
+
+def _last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number below `high` for which `holds`, which it does up to there from `low` on."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _seed_of(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _divide(rows: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """How many of the first `rows` of sum(counts) fall to each part: (parts, rows), cumulative shares made whole.
+
+    One part after another is split off what the parts before it have left, each rounded to the nearest. So parts never
+    shrink as `rows` grows, they add up to `rows`, and all have exactly `counts` at the end. With counts in descending
+    order a part is never further than (1 + 1/2 + ... + 1/parts) / 2 + 1/2 from its exact share.
+    """
+    rest, remaining, parts = rows, sum(counts), []
+    for count in counts[:-1]:
+        parts.append(_rounded(rest, count, remaining) if count else np.zeros_like(rest))
+        rest, remaining = rest - parts[-1], remaining - count
+    return np.stack([*parts, rest])
+
+
+def _rounded(rows: np.ndarray, count: int, whole: int) -> np.ndarray:
+    """rows × count / whole to the nearest, exactly, where the product may have more than 64 bits.
+
+    The estimate in floating point is off by one at most, and what remains is small: right also modulo 2^64.
+    """
+    quotient = np.rint(rows * (count / whole)).astype(np.int64)
+    remainder = rows * np.int64(count) - quotient * np.int64(whole)
+    return quotient + (2 * remainder >= whole) - (2 * remainder < -whole)

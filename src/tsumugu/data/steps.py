@@ -1,0 +1,369 @@
+"""The steps of a preparation, for datatrove: read, clean, keep for comparison, read what was kept, encode.
+
+Between steps a document carries, in its metadata, how far its task has come (`at`), why it is dropped (`dropped`), why
+it could not be read (`set_aside`), and its split (`validation`). The last step of a task counts them all and writes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from datatrove.data import Document
+from datatrove.pipeline.base import PipelineStep
+
+from tsumugu.config import PrepareConfig, Source
+from tsumugu.data import corpus, instructions, store
+from tsumugu.data.cleaning.clean import Cleaner
+from tsumugu.data.comparison import dedup
+from tsumugu.data.comparison.contamination import Contamination
+from tsumugu.data.documents import Documents, DocumentWriter
+from tsumugu.data.executor import Progress
+from tsumugu.errors import UserError
+from tsumugu.tokenizer.contract import Contract
+from tsumugu.tokenizer.load import BulkEncoder
+
+WORK = ".work"  # what lies here does not outlive the preparation
+DOCUMENTS = "documents"  # below it: what is compared
+REMOVED = {"duplicates": "duplicate", "near/removed": "near duplicate"}  # below it: what is found, and the reason
+
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 2**21
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one task reads, one piece after another: `columns` of the records of a source."""
+
+    source: Source
+    columns: list[str]
+    pieces: list[corpus.Piece]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.size for piece in self.pieces)
+
+    def __str__(self) -> str:
+        first, last = self.pieces[0], self.pieces[-1]
+        if len(self.pieces) == 1:
+            return f"{first.path}, bytes {first.start:,} to {first.stop:,}"
+        return f"{first.path} to {last.path}"
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: str, fingerprint: str) -> BulkEncoder:
+    """One a process: reading a large vocabulary takes as long as encoding some megabytes."""
+    return BulkEncoder(Path(folder))
+
+
+@functools.lru_cache(maxsize=1)
+def _contamination(identities: tuple) -> Contamination | None:
+    """One a process, of the files at the head of `identities`."""
+    return Contamination([path for path, *_ in identities]) if identities else None
+
+
+def contamination_of(config: PrepareConfig) -> Contamination | None:
+    files = corpus.find_files(config.contamination) if config.contamination else []
+    return _contamination(tuple(map(tuple, corpus.fingerprints(files))))
+
+
+class Tally:
+    """What became of a task's documents: counts by reason, and the files of what was dropped and set aside."""
+
+    def __init__(self, stage: str, rank: int, config: PrepareConfig):
+        self.counts: Counter[str] = Counter()
+        self._config, self._stage, self._rank = config, stage, rank
+        self._files: dict[Path, IO[str]] = {}
+
+    def drop(self, document: Document) -> None:
+        """Counts a document that is dropped for document.metadata["dropped"]; keeps it where that was asked for."""
+        self.counts[f"dropped: {document.metadata['dropped']}"] += 1
+        if self._config.keep_dropped:
+            more = {key: document.metadata[key] for key in ("equals",) if key in document.metadata}
+            self._write("dropped", {"reason": document.metadata["dropped"], **more, "text": document.text}, document.id)
+
+    def set_aside(self, document: Document) -> None:
+        """Counts and keeps a record that could not be read."""
+        self.counts["set aside"] += 1
+        self._write("set_aside", {"reason": document.metadata["set_aside"], "record": document.text}, document.id)
+
+    def _write(self, folder: str, values: dict, place: str) -> None:
+        path = Path(self._config.output) / folder / f"{self._stage}-{self._rank:05d}.jsonl"
+        if path not in self._files:
+            path.parent.mkdir(exist_ok=True)
+            self._files[path] = open(path.with_name(f".{path.name}"), "w", encoding="utf-8")  # noqa: SIM115
+        self._files[path].write(json.dumps({"place": place, **values}, ensure_ascii=False) + "\n")
+
+    def close(self, shards: dict[str, dict | None] | None = None) -> None:
+        """Makes the files appear, and then the result of the task."""
+        for path, file in self._files.items():
+            file.close()
+            path.with_name(f".{path.name}").replace(path)
+        result = {"counts": self.counts, "shards": shards or {}}
+        write_json(result_file(self._config, self._stage, self._rank), result)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is whole or absent."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def result_file(config: PrepareConfig, stage: str, rank: int) -> Path:
+    return Path(config.output) / WORK / f"{stage}-{rank:05d}.json"
+
+
+def _documents_prefix(config: PrepareConfig, rank: int) -> Path:
+    return Path(config.output) / WORK / DOCUMENTS / f"{rank:05d}"
+
+
+class Read(PipelineStep):
+    """Yields the records of this task, and those that could not be read with the metadata `set_aside`."""
+
+    name = "read"
+    type = "READER"
+
+    def __init__(self, tasks: list[Task], config: PrepareConfig):
+        super().__init__()
+        self.tasks, self.config = tasks, config
+
+    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        task, before = self.tasks[rank], 0
+        for piece in task.pieces:
+            for record in corpus.read_records(piece, task.columns):
+                yield self._document(record, task, (before + record.consumed) / max(task.size, 1))
+            before += piece.size
+
+    def _document(self, record: corpus.Record | corpus.BadRecord, task: Task, at: float) -> Document:
+        metadata = {"at": at, "dropped": None}
+        if isinstance(record, corpus.Record):
+            try:
+                return Document(_content(record, task, self.config), record.place, metadata=metadata)
+            except instructions.UnusableError as error:
+                raw = corpus.unusable(record, error).raw
+                return Document(raw, record.place, metadata=metadata | {"dropped": error.message})
+            except UserError as error:
+                record = corpus.unusable(record, error)
+        if self.config.bad_records == "stop":
+            raise record.error
+        return Document(record.raw, record.place, metadata=metadata | {"set_aside": str(record.error)})
+
+
+def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
+    """The text of a record; of instructions, the conversation as JSON."""
+    if task.source.kind == "text":
+        return corpus.column_of(record, task.columns[0])
+    messages = instructions.messages_of(record.values, task.source.fields)
+    instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+    return instructions.to_json(messages)
+
+
+class Clean(PipelineStep):
+    """Cleans documents, names why one is dropped, and decides its split."""
+
+    name = "clean"
+    type = "FILTER"
+
+    def __init__(self, tasks: list[Task], config: PrepareConfig):
+        super().__init__()
+        self.tasks, self.config = tasks, config
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        source = self.tasks[rank].source
+        share = self.config.validation_share_of(source)
+        cleaner = Cleaner(self.config.clean_of(source), source.language)
+        contamination = contamination_of(self.config)
+        for documents in _batches(data):
+            fit = [d for d in documents if "set_aside" not in d.metadata and not d.metadata["dropped"]]
+            clean = _clean_texts if source.kind == "text" else _clean_conversations
+            clean(fit, cleaner)
+            if contamination:
+                texts = [dedup.compared_text(document.text, source.kind) for document in fit]
+                for document, file in zip(fit, contamination.check(texts), strict=True):
+                    if file and not document.metadata["dropped"]:
+                        document.metadata["dropped"] = f"contaminated by {file}"
+            for document in fit:
+                document.metadata["validation"] = hash_share(split_key(document.text, source.kind)) < share
+            yield from documents
+
+
+def _clean_texts(documents: list[Document], cleaner: Cleaner) -> None:
+    for document, cleaned in zip(documents, cleaner([document.text for document in documents]), strict=True):
+        document.text = cleaned.text
+        document.metadata["dropped"] = cleaned.dropped or (None if cleaned.text else "empty")
+
+
+def _clean_conversations(documents: list[Document], cleaner: Cleaner) -> None:
+    """Cleans each message for itself; a conversation goes where one of its messages does."""
+    conversations = [instructions.from_json(document.text) for document in documents]
+    texts = [text for messages in conversations for message in messages for text in (message.content, message.input)]
+    cleaned = iter(cleaner(texts))
+    for document, messages in zip(documents, conversations, strict=True):
+        results = [(next(cleaned), next(cleaned)) for _ in messages]
+        document.metadata["dropped"] = next((r.dropped for pair in results for r in pair if r.dropped), None)
+        document.text = instructions.to_json(
+            [
+                dataclasses.replace(message, content=content.text, input=input.text)
+                for message, (content, input) in zip(messages, results, strict=True)
+            ]
+        )
+
+
+def split_key(content: str, kind: str) -> str:
+    """What decides the split of a content: a text itself, a conversation without its last reply."""
+    return content if kind == "text" else instructions.question_key(instructions.from_json(content))
+
+
+def hash_share(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+class Keep(PipelineStep):
+    """Writes the documents of a task for comparison with all others."""
+
+    name = "keep"
+    type = "WRITER"
+
+    def __init__(self, stage: str, tasks: list[Task], config: PrepareConfig):
+        super().__init__()
+        self.stage, self.tasks, self.config = stage, tasks, config
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        tally = Tally(self.stage, rank, self.config)
+        progress = Progress(Path(self.config.output) / WORK / self.stage, rank)
+        writer = DocumentWriter(_documents_prefix(self.config, rank))
+        for documents in _batches(data):
+            for document in _wanted(documents, tally):
+                key = split_key(document.text, self.config.kind)
+                writer.add(document.text, document.id, document.metadata["validation"], key)
+            progress.show(documents[-1].metadata["at"])
+        writer.close()
+        tally.close()
+        yield from ()
+
+
+class Kept(PipelineStep):
+    """Yields the documents of a task again, those that comparison removed with the reason."""
+
+    name = "kept"
+    type = "READER"
+
+    def __init__(self, tasks: list[Task], config: PrepareConfig):
+        super().__init__()
+        self.tasks, self.config = tasks, config
+
+    def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        documents = Documents(_documents_prefix(self.config, rank))
+        removed = {}
+        for folder, reason in REMOVED.items():
+            for row in dedup.read_removed(Path(self.config.output) / WORK / folder, rank).tolist():
+                removed[row[1]] = (reason, *row[2:4])
+        places = documents.places()
+        for index in range(len(documents)):
+            validation = bool(documents.rows["validation"][index])
+            metadata = {"at": (index + 1) / len(documents), "validation": validation, "dropped": None}
+            if index in removed:
+                metadata["dropped"], task, other = removed[index]
+                if self.config.keep_dropped:
+                    metadata["equals"] = _places(_documents_prefix(self.config, task))[other]
+            yield Document(text=documents.content(index), id=places[index], metadata=metadata)
+
+
+@functools.lru_cache(maxsize=4)
+def _places(prefix: Path) -> list[str]:
+    return Documents(prefix).places()
+
+
+class Encode(PipelineStep):
+    """Encodes documents or conversations and writes this task's shard of both splits, and what it counted."""
+
+    name = "encode"
+    type = "WRITER"
+
+    def __init__(self, stage: str, tasks: list[Task], config: PrepareConfig, contract: Contract):
+        super().__init__()
+        self.stage, self.tasks, self.config, self.contract = stage, tasks, config, contract
+        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
+        add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
+        self.before = [contract.bos_id] if add_bos and contract.bos_id is not None else []
+        self.after = [contract.eos_id] if add_eos and contract.eos_id is not None else []
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        output, supervised = Path(self.config.output), self.config.kind == "instructions"
+        dtype = store.token_dtype(self.contract.vocab_size)
+        writers = {
+            split: store.ShardWriter(output / split / f"{rank:05d}", dtype, supervised) for split in store.SPLITS
+        }
+        tally = Tally(self.stage, rank, self.config)
+        progress = Progress(output / WORK / self.stage, rank)
+        encode = _encoder(self.config.tokenizer, self.contract.fingerprint)
+        for documents in _batches(data):
+            wanted = _wanted(documents, tally)
+            encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
+            for document, arrays in zip(wanted, encoded, strict=True):
+                if reason := self._unfit(*arrays):
+                    document.metadata["dropped"] = reason
+                    tally.drop(document)
+                    continue
+                writers["validation" if document.metadata["validation"] else "train"].add(*arrays)
+                tally.counts["documents"] += 1
+                tally.counts["characters"] += len(document.text)
+            progress.show(documents[-1].metadata["at"])
+        tally.close({split: writer.close() for split, writer in writers.items()})
+        yield from ()
+
+    def _unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
+        if len(ids) == 0:
+            return "empty"
+        if self.config.max_length and len(ids) > self.config.max_length:
+            return "longer than prepare.max_length"
+        return "no supervised token" if mask is not None and not mask.any() else None
+
+    def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
+        """(ids,) of each document, without tokens where it encodes to none."""
+        for ids in encode([document.text for document in documents]):
+            yield (np.concatenate([self.before, ids, self.after]).astype(np.int64) if len(ids) else np.empty(0),)
+
+    def _encode_conversations(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
+        """(ids, mask) of each conversation."""
+        assert self.contract.eos_id is not None
+        return instructions.encode_conversations(
+            [instructions.from_json(document.text) for document in documents],
+            instructions.find_template(self.config.template),
+            encode,
+            self.before,
+            self.contract.eos_id,
+            self.config.train_on,
+        )
+
+
+def _wanted(documents: list[Document], tally: Tally) -> list[Document]:
+    """The documents that go on; the others are counted."""
+    for document in documents:
+        if "set_aside" in document.metadata:
+            tally.set_aside(document)
+        elif document.metadata["dropped"]:
+            tally.drop(document)
+    return [d for d in documents if "set_aside" not in d.metadata and not d.metadata["dropped"]]
+
+
+def _batches(data: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists that are worth a call, and no larger than memory allows."""
+    batch: list[Document] = []
+    characters = 0
+    for document in data:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
