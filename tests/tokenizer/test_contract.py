@@ -114,7 +114,7 @@ def test_a_contract_is_read_without_a_tokenizer(folder: Path, tmp_path: Path):
 
 def test_a_copy_holds_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path):
     source = copy(folder, tmp_path / "source")
-    for name in ("model.safetensors", "config.json", "notes.txt"):
+    for name in ("model.safetensors", "chat_template.jinja", "notes.txt"):
         (source / name).touch()
     (source / "contract.json").chmod(0o444)
     for _ in range(2):  # a copy that was cut short is written over

@@ -21,7 +21,7 @@ VERSION = 1
 _FILE = "contract.json"
 EXTENSION_FILE = "extension.json"  # of extend.py
 _TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *(EXTENSION_FILE, _FILE),
 )
 

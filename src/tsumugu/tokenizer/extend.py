@@ -24,6 +24,8 @@ from tsumugu.tokenizer import convert, load
 from tsumugu.tokenizer.contract import EXTENSION_FILE, GOLDEN, Contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 Method = Literal["mean_of_pieces", "mean"]
 
 
@@ -133,7 +135,7 @@ def add_tokens(
         return len(strings), 0
 
     def write(partial: Path) -> None:
-        copy_tokenizer(source, partial)
+        _copy(source, partial)
         # not extended.to_str(): reading and writing moves scores by a unit in their last place
         layout = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         layout["added_tokens"] = json.loads(extended.to_str())["added_tokens"]
@@ -203,7 +205,7 @@ def add_pieces(
     extended |= {part: json.loads(converted.to_str())[part] for part in ("model", "normalizer", "pre_tokenizer")}
 
     def write(partial: Path) -> None:
-        copy_tokenizer(source, partial)
+        _copy(source, partial)
         (partial / "tokenizer.model").write_bytes(grown.SerializeToString())
         (partial / "tokenizer.json").write_text(json.dumps(extended, ensure_ascii=False, indent=2), encoding="utf-8")
         if not lossless:
@@ -269,6 +271,13 @@ def _spelt(fast: Tokenizer, content: str) -> list[int]:
     ids = fast.encode(content, add_special_tokens=False).ids
     alone = fast.token_to_id(SPACE)
     return ids[1:] if len(ids) > 1 and ids[0] == alone and not content.startswith((" ", SPACE)) else ids
+
+
+def _copy(source: Path, partial: Path) -> None:
+    """The tokenizer, and the chat template that an import has brought."""
+    copy_tokenizer(source, partial)
+    if (source / CHAT_TEMPLATE).is_file():
+        shutil.copyfile(source / CHAT_TEMPLATE, partial / CHAT_TEMPLATE)
 
 
 def _seal_again(source: Path, partial: Path) -> None:
