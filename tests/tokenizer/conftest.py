@@ -121,10 +121,10 @@ def real_models() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def sample() -> list[str]:
-    """Some 700 kB of real prose, in lines, where it is."""
+    """Some 400 kB of real prose, in lines, where it is."""
     path = Path(__file__).parents[3] / "shared" / "data" / "aozora-public-domain.jsonl.gz"
     if not path.exists():
         pytest.skip("no shared/data")
     with gzip.open(path, "rt", encoding="utf-8") as file:
         works = [json.loads(line)["text"] for line in itertools.islice(file, 0, 800, 40)]
-    return [line for work in works for line in work[:12000].splitlines(keepends=True)]
+    return [line for work in works for line in work[:8000].splitlines(keepends=True)]

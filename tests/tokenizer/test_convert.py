@@ -3,14 +3,13 @@
 import random
 import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN
-from tsumugu.tokenizer.convert import compare, processor, read_model, to_fast
+from tsumugu.tokenizer.convert import compare, processor, to_fast
 from tsumugu.tokenizer.load import without_specials
 from tsumugu.tokenizer.normalize import read_charsmap
 
@@ -50,9 +49,9 @@ def spelt(texts: list[str]) -> list[str]:
         *("<nl>", "==>", "である", "\n", "</s>", "<unk>", "<s>", "<0x41>", " ", "▁", "  ", "ー", "ーー", "wx", "Ａ")
     ]
     parts += [*"かe\u3099ﾞ\u0301\u0323\u0338\u200dﷺ㌔\u1100\u1161\u11a8İß\r\0"]
-    mixed = ["".join(draw.choices(parts, k=draw.randrange(1, 12))) for _ in range(1000)]
+    mixed = ["".join(draw.choices(parts, k=draw.randrange(1, 12))) for _ in range(700)]
     runs = [char * count for char in "ー. =あa▁" for count in range(1, 20)]
-    return [*GOLDEN, *texts[:500], *mixed, *runs]
+    return [*GOLDEN, *texts[:400], *mixed, *runs]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)).replace("\n", "n"))
@@ -139,10 +138,3 @@ def test_what_would_not_be_exact_is_refused_by_name(train_plainly, options: dict
     else:
         with pytest.raises(UserError, match=reason):
             to_fast(model)
-
-
-def test_real_models_differ_in_ties_only(real_models: list[Path], sample: list[str]):
-    for path in real_models:
-        model = read_model(path)
-        made = compare(model, without_specials(to_fast(model)), [*GOLDEN, *sample])
-        assert made.ties <= made.strings / 1000

@@ -55,7 +55,7 @@ class ImportReport:
         ids: Ids in all.
         engine: The original engine: sentencepiece or tokenizers.
         golden: Golden strings compared.
-        strings, characters: Parts of the sample compared, and their characters.
+        strings, characters: Distinct parts of the sample compared, and their characters.
         ties: Strings cut otherwise, which score the same within float32's rounding.
         changed: What does not come back as it was: the names of the probes, with what they become.
         unknown: Characters of the sample without a piece, and how often each occurs; the most frequent first.
@@ -302,7 +302,8 @@ def _prove(found: _Source, folder: Path, contract: Contract, sample: list[str], 
     parts = [part for text in sample for part in _parts(text)]
     by_sentencepiece = found.model is not None and not _is_ours(found)
     compare = _compare_with_sentencepiece if by_sentencepiece else _compare_with_tokenizers
-    golden, proven = (compare(found, folder, served, texts, newline) for texts in (list(GOLDEN), parts))
+    golden = compare(found, folder, served, list(GOLDEN), newline)
+    proven = compare(found, folder, served, parts, newline)
     _check_around(served, contract)
     document = load.load_tokenizer(folder)
     back = {

@@ -101,7 +101,7 @@ def refusal(model: ModelProto) -> str | None:
     if not entries:
         return None
     single, multiple = _by_length(entries, own)
-    composed, spelt = _by_composition(single, multiple)
+    composed, spelt = _by_composition(spec.precompiled_charsmap, tuple(own))
     firsts, rest = _first_and_rest(multiple)
     rule = f"its normalisation {spec.name!r}"
     if overlap := set.intersection(*_first_and_rest(composed)):
@@ -133,11 +133,13 @@ def _by_length(entries: dict[str, str], own: Iterable[str]) -> tuple[dict[str, s
     return single, {key: value for key, value in entries.items() if len(key) > 1}
 
 
-def _by_composition(single: dict[str, str], multiple: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+@functools.cache
+def _by_composition(blob: bytes, own: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
     """Of the entries of several characters, those that mapping each and composing gives, and the others.
 
     The others are scripts that Unicode has gained since the `tokenizers` at hand was made, and rules of one's own.
     """
+    single, multiple = _by_length(read_charsmap(blob), own)
     compose = normalizers.NFC().normalize_str
     # all at once, each on a line of its own
     made = compose("\n".join("".join(single.get(char, char) for char in key) for key in multiple)).split("\n")
@@ -194,7 +196,7 @@ def _mapping(blob: bytes, own: tuple[str, ...]) -> list[normalizers.Normalizer]:
     if not entries:
         return []
     single, multiple = _by_length(entries, own)
-    composed, spelt = _by_composition(single, multiple)
+    composed, spelt = _by_composition(blob, own)
     firsts, rest = _first_and_rest(multiple)
     marks = _marks(single, firsts | rest)
     assert marks is not None
