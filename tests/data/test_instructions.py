@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.encoding import BulkEncoder
 from transformers import AutoTokenizer
 
 from tsumugu.data import corpus
@@ -24,7 +25,6 @@ from tsumugu.data.instructions import (
     to_json,
 )
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.load import BulkEncoder
 
 # What a user's text may hold that a careless template would fill in, repeat or take for its own.
 TEXTS = [

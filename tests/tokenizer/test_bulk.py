@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import tiktoken
 from sentencepiece import SentencePieceProcessor
+from support.encoding import BulkEncoder
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from tsumugu.tokenizer import load
 from tsumugu.tokenizer.contract import GOLDEN
 from tsumugu.tokenizer.convert import compare, read_model
 from tsumugu.tokenizer.importer import import_tokenizer
-from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
+from tsumugu.tokenizer.load import load_tokenizer
 
 
 def imported(train_plainly, output: Path, newline: str = "keep", **options) -> Path:

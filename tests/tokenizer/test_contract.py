@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.encoding import BulkEncoder
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN, check_contract, copy_tokenizer, read_contract, write_contract
-from tsumugu.tokenizer.load import BulkEncoder
 
 
 def copy(folder: Path, target: Path) -> Path:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from support.encoding import BulkEncoder
 from transformers import AutoTokenizer
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import check_contract, copy_tokenizer, new_rows, read_contract
 from tsumugu.tokenizer.extend import Token, add_pieces, add_tokens, read_tokens
 from tsumugu.tokenizer.importer import import_tokenizer
-from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
+from tsumugu.tokenizer.load import load_tokenizer
 
 MARKERS = [Token("<|im_start|>", True), Token("<|im_end|>", True), Token("<nl>", False), Token("吾輩は猫", False)]
 

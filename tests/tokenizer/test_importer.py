@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from support.encoding import BulkEncoder
 from support.transformers4 import transformers4
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoTokenizer
@@ -15,7 +16,7 @@ from tsumugu.errors import UserError
 from tsumugu.tokenizer import importer
 from tsumugu.tokenizer.contract import GOLDEN, check_contract, read_contract
 from tsumugu.tokenizer.importer import import_tokenizer
-from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
+from tsumugu.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from support.encoding import BulkEncoder
 from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.convert import compare, read_model, to_lossless
-from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer, without_specials
+from tsumugu.tokenizer.load import load_tokenizer, without_specials
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import SentencePieceProcessor
+from support.encoding import BulkEncoder
 from transformers import AutoTokenizer
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import check_contract
-from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
+from tsumugu.tokenizer.load import load_tokenizer
 from tsumugu.tokenizer.train import LONGEST_SENTENCE, sentences, train_byte_level, train_tokenizer
 
 

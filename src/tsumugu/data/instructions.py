@@ -274,7 +274,7 @@ def find_template(name: str) -> Template:
 def encode_conversations(
     conversations: Sequence[Sequence[Message]],
     template: Template,
-    encode: Callable[[list[str]], Sequence[Sequence[int]]],
+    encode: Callable[[list[str]], Sequence],
     bos: list[int],
     eos: int,
     train_on: str,
@@ -300,13 +300,13 @@ def encode_conversations(
     encoded = iter(encode([segment.text for segment in chain.from_iterable(rendered)]))
     results = []
     for segments in rendered:
-        parts: list[Sequence[int]] = [bos]
+        parts = [np.array(bos, np.int64)]
         flags = [train_on == "everything"]
         for index, (segment, own) in enumerate(zip(segments, islice(encoded, len(segments)), strict=True)):
             last = index == len(segments) - 1
             chosen = {"responses": segment.reply, "last_response": last, "everything": True}[train_on]
-            parts.append([*own, eos] if segment.reply else own)
+            parts.append(np.append(own, eos) if segment.reply else np.asarray(own))
             flags.append(segment.train and chosen)
-        ids = np.array(list(chain.from_iterable(parts)), np.int64)
+        ids = np.concatenate(parts).astype(np.int64)
         results.append((ids, np.repeat(np.array(flags, np.uint8), [len(part) for part in parts])))
     return results

@@ -293,8 +293,8 @@ class Encode(PipelineStep):
         self.stage, self.tasks, self.config, self.contract = stage, tasks, config, contract
         add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
         add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
-        self.before = [contract.bos_id] if add_bos and contract.bos_id is not None else []
-        self.after = [contract.eos_id] if add_eos and contract.eos_id is not None else []
+        self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
+        self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         output, supervised = Path(self.config.output), self.config.kind == "instructions"
@@ -330,7 +330,7 @@ class Encode(PipelineStep):
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids,) of each document, without tokens where it encodes to none."""
         for ids in encode([document.text for document in documents]):
-            yield (np.concatenate([self.before, ids, self.after]).astype(np.int64) if len(ids) else np.empty(0),)
+            yield (np.concatenate([self.before, ids, self.after]) if len(ids) else ids,)
 
     def _encode_conversations(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids, mask) of each conversation."""
@@ -339,7 +339,7 @@ class Encode(PipelineStep):
             [instructions.from_json(document.text) for document in documents],
             instructions.find_template(self.config.template),
             encode,
-            self.before,
+            self.before.tolist(),
             self.contract.eos_id,
             self.config.train_on,
         )

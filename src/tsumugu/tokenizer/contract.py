@@ -26,7 +26,7 @@ _TOKENIZER_FILES = (
 )
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
-GOLDEN = (
+GOLDEN: tuple[str, ...] = (
     "",
     "日本語の文章を、そのまま元に戻せること。",
     "ＡＢＣ　ａｂｃ　１２３！？（全角）",

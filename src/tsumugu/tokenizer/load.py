@@ -8,9 +8,10 @@ importer.py and extend.py.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -23,7 +24,8 @@ from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE, UNKNOWN_PENALTY
 
 SEAL = "sentencepiece_exact"  # the key of `seal` in tokenizer_config.json
 
-Encode = Callable[[list[str]], Sequence[Sequence[int]]]
+Encode = Callable[[list[str]], Sequence[Any]]  # the ids of each text, a list or an array
+_NONE = np.empty(0, np.int32)
 
 # SentencePiece adds scores in float32. Parts of more characters than this go to `tokenizers`, which adds in float64.
 _LONGEST_PART = 10_000
@@ -127,11 +129,11 @@ class BulkEncoder:
             ids = {token.content: vocabulary[token.content] for token in ordinary}
             self._encode = _around_tokens(self._encode, ids, [token.content for token in added])
 
-    def __call__(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        """The ids of each text."""
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, (tokens,) int32."""
         for number, text in enumerate(texts):
             check_unicode(text, f"text {number} of this batch")
-        return self._encode(texts)
+        return [np.asarray(ids, np.int32) for ids in self._encode(texts)]
 
 
 def check_unicode(text: str, what: str) -> None:
@@ -216,10 +218,10 @@ def _exact_length(model: ModelProto) -> int:
 def _by_exact_lines(fast: Tokenizer, model: ModelProto, longest: int) -> Encode:
     """For models of `tsumugu tokenizer train`: as many whole lines as are exact together."""
     engine, by_tokenizers = convert.processor(model), _by_tokenizers(fast)
-    cut = re.compile(rf"(?s:.{{0,{longest - 1}}})\n|[^\n]+\n?").findall  # else one line, however long
+    lines = re.compile(rf"(?s:.{{0,{longest - 1}}})\n|[^\n]+\n?").findall  # else one line, however long
     return _joined(
-        cut,
-        lambda parts: engine.encode(parts, num_threads=1),  # callers run a process per core
+        lambda text: lines(text) if len(text) > longest or not text else [text],
+        lambda parts: engine.encode(parts, num_threads=1, return_type="numpy"),  # callers run a process per core
         by_tokenizers,
         lambda part: len(part) <= longest and SPACE not in part,
     )
@@ -229,7 +231,7 @@ def _by_parts(fast: Tokenizer, model: ModelProto) -> Encode:
     """For imported models: normalised by SentencePiece, cut where no piece reaches across, each part alone."""
     engine, ahead = convert.processor(model), convert.ahead_of(fast)
     if model.trainer_spec.model_type == model.trainer_spec.BPE:
-        return lambda texts: engine.encode([ahead(text) for text in texts], num_threads=1)
+        return lambda texts: engine.encode([ahead(text) for text in texts], num_threads=1, return_type="numpy")
     plain = convert.plain(model)
     unnormalised = Tokenizer.from_str(fast.to_str())
     unnormalised.normalizer = normalizers.Sequence([])  # type: ignore[assignment]
@@ -247,7 +249,7 @@ def _by_parts(fast: Tokenizer, model: ModelProto) -> Encode:
 
     return _joined(
         parts,
-        lambda parts: plain.encode(parts, num_threads=1),
+        lambda parts: plain.encode(parts, num_threads=1, return_type="numpy"),
         without_specials(unnormalised),
         lambda part: len(part) <= _LONGEST_PART,
     )
@@ -274,17 +276,17 @@ def _cutter(model: ModelProto, newline: str | None) -> Callable[[str], list[str]
 def _joined(cut: Callable[[str], list[str]], quick: Encode, slow: Encode, is_quick: Callable[[str], bool]) -> Encode:
     """Encodes texts part by part: those that are fit for the quick engine there, the others by the slow one."""
 
-    def encode(texts: list[str]) -> list[list[int]]:
+    def encode(texts: list[str]) -> list[np.ndarray]:
         parts = [cut(text) for text in texts]
         flat = list(chain.from_iterable(parts))
         fit = [is_quick(part) for part in flat]
         if all(fit):
-            ids: Iterable = iter(quick(flat))
+            ids: Iterator = iter(quick(flat))
         else:
             by_quick = iter(quick([part for part, is_fit in zip(flat, fit, strict=True) if is_fit]))
             by_slow = iter(slow([part for part, is_fit in zip(flat, fit, strict=True) if not is_fit]))
             ids = (next(by_quick if is_fit else by_slow) for is_fit in fit)
-        return [list(chain.from_iterable(islice(ids, len(own)))) for own in parts]
+        return [np.concatenate([_NONE, *islice(ids, len(own))]) if len(own) != 1 else next(ids) for own in parts]
 
     return encode
 
@@ -303,15 +305,15 @@ def _by_tiktoken(fast: Tokenizer) -> tuple[str, Encode] | None:
     slow = _by_tokenizers(fast)
     normalise = normalizers.NFC().normalize_str if normalizer else None
 
-    def encode(texts: list[str]) -> list[Sequence[int]]:
-        results: list[Sequence[int]] = []
+    def encode(texts: list[str]) -> list:
+        results = []
         for text in texts:
             if _LONG_BLANK.search(text):
                 results += slow([text])
                 continue
             if normalise and not text.isascii():
                 text = normalise(text)
-            results.append(ids[engine.encode_to_numpy(text, disallowed_special=())].tolist())
+            results.append(ids[engine.encode_to_numpy(text, disallowed_special=())])
         return results
 
     return "tiktoken", encode
