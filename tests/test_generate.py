@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.encoding import BulkEncoder
 from support.models import stock_model, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -13,7 +14,6 @@ from tsumugu.data.instructions import TEMPLATES
 from tsumugu.errors import UserError
 from tsumugu.generate import Generator
 from tsumugu.tokenizer.contract import read_contract
-from tsumugu.tokenizer.load import BulkEncoder
 
 PROMPT = "朝早く起きて、"
 
