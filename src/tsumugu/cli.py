@@ -77,7 +77,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     train_tokenizer = command(actions, "train", _train_tokenizer, "train a tokenizer on a corpus")
     train_tokenizer.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or globs")
-    train_tokenizer.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
+    train_tokenizer.add_argument("--text", metavar="COLUMN", help="the text column (default: found)")
     train_tokenizer.add_argument("--output", required=True, metavar="DIR")
     train_tokenizer.add_argument("--vocab-size", type=_whole(1), default=32000, metavar="N", help="default: 32000")
     train_tokenizer.add_argument(
@@ -187,7 +187,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", metavar="PATH", help="your corpus: a sample of it is compared")
-    parser.add_argument("--text", default="text", metavar="COLUMN", help="the text column (default: text)")
+    parser.add_argument("--text", metavar="COLUMN", help="the text column (default: found)")
 
 
 def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
