@@ -59,6 +59,7 @@ class ImportReport:
         ties: Strings cut otherwise, which score the same within float32's rounding.
         changed: What does not come back as it was: the names of the probes, with what they become.
         unknown: Characters of the sample without a piece, and how often each occurs; the most frequent first.
+        byte_fallback: Whether such characters are spelt by bytes.
         newline: The contract's word on newlines.
     """
 
@@ -70,6 +71,7 @@ class ImportReport:
     ties: int
     changed: dict[str, tuple[str, str]]
     unknown: dict[str, int]
+    byte_fallback: bool
     newline: str
 
     def lines(self) -> list[str]:
@@ -82,7 +84,8 @@ class ImportReport:
         told += [f"{name}: {before!r} comes back as {after!r}" for name, (before, after) in self.changed.items()]
         if self.unknown:
             most = ", ".join(f"{char} (U+{ord(char):04X}) {count:,}" for char, count in list(self.unknown.items())[:20])
-            told.append(f"unknown characters in the sample: {len(self.unknown)}, most often {most}")
+            what = "become bytes" if self.byte_fallback else "are unknown"
+            told.append(f"{len(self.unknown)} different characters of the sample {what}, most often {most}")
         return told
 
 
@@ -318,6 +321,7 @@ def _prove(found: _Source, folder: Path, contract: Contract, sample: list[str], 
         ties=golden.ties + proven.ties,
         changed={name: (text, back[name]) for name, text in _PROBES.items() if back[name] != text},
         unknown=_unknown(document, contract, sample),
+        byte_fallback=document.token_to_id("<0x41>") is not None,
         newline=contract.newline,
     )
 
