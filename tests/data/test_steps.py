@@ -196,6 +196,16 @@ def test_equality_is_that_of_cleaned_texts(tmp_path: Path, run: Callable, texts_
     assert texts_of("train") == ["12個。"]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_nothing_is_printed_but_by_the_command_line(
+    tmp_path: Path, run: Callable, capfd: pytest.CaptureFixture, workers: int
+):
+    draw = random.Random(2)
+    path = _corpus(tmp_path / "a.jsonl", ["".join(draw.choices("あいうえおかきくけこ朝昼夜", k=99)) for _ in range(50)])
+    run([{"name": "a", "path": path, "deduplicate": "near", "validation_share": 0.1}], workers=workers)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_near_duplicates_are_removed_by_similarity(tmp_path: Path, run: Callable, texts_of: Callable):
     draw = random.Random(3)
     base = ["".join(draw.choices("あいうえおかきくけこさしすせそ朝昼夜山川海", k=400)) for _ in range(20)]
@@ -217,6 +227,8 @@ def test_a_validation_source_and_what_equals_it_never_train(tmp_path: Path, run:
     assert not set(in_training) & set(in_validation)
     assert set(TEXTS[10:20]) < set(in_validation)
     assert set(in_training) | set(in_validation) == set(TEXTS)
+    counts = store.open_store(tmp_path / "store").manifest["sources"]["t"]
+    assert counts["documents"] + counts["dropped: in validation"] == len(TEXTS)
 
 
 def test_questions_of_a_validation_source_never_train_whatever_their_answer(tmp_path: Path, run: Callable):

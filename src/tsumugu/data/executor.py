@@ -183,6 +183,7 @@ class _Local(LocalPipelineExecutor):
 
     def run_task(self, rank: int) -> None:
         """Runs the pipeline for one task and marks it as done."""
+        logger.disable("datatrove")
         data: Any = None
         for step in self.pipeline:
             data = step(data, rank, self.world_size)

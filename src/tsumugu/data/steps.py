@@ -263,9 +263,10 @@ class Kept(PipelineStep):
     def run(self, data: Iterator[Document] | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         documents = Documents(_documents_prefix(self.config, rank))
         removed = {}
+        compared = self.config.deduplicate_of(self.tasks[rank].source) != "none"
         for folder, reason in REMOVED.items():
             for row in dedup.read_removed(Path(self.config.output) / WORK / folder, rank).tolist():
-                removed[row[1]] = (reason, *row[2:4])
+                removed[row[1]] = (reason if compared else "in validation", *row[2:4])
         places = documents.places()
         for index in range(len(documents)):
             validation = bool(documents.rows["validation"][index])
