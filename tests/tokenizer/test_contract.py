@@ -147,3 +147,16 @@ def test_a_missing_or_damaged_contract_is_refused(tmp_path: Path):
     (tmp_path / "contract.json").write_text('{"version": 99}')
     with pytest.raises(UserError, match="version 99"):
         read_contract(tmp_path)
+
+
+def test_a_changed_tokenizer_json_is_noticed_where_the_contract_is_read(tmp_path: Path, folder: Path):
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    file = copied / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content), encoding="utf-8")  # laid out otherwise, the same to tokenizers
+    assert read_contract(copied) == read_contract(folder)
+    content["model"]["vocab"][-1][0] += "違"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="does not keep its contract"):
+        read_contract(copied)

@@ -241,3 +241,16 @@ def test_transformers_4_gives_the_same_ids(rinna_like: Path, llama_like: Path, t
         golden = read_contract(tmp_path / name).golden
         assert json.loads(done.stdout) == [list(ids) for _, ids in golden]
         assert load_tokenizer(tmp_path / name).encode(GOLDEN[1]).ids == list(golden[1][1])
+
+
+def test_what_was_imported_already_is_not_imported_again(llama_like: Path, tmp_path: Path):
+    import_tokenizer(str(llama_like), tmp_path / "once")  # its options would be lost
+    with pytest.raises(UserError, match="imported or extended already"):
+        import_tokenizer(str(tmp_path / "once"), tmp_path / "twice")
+
+
+def test_a_tokenizer_json_that_is_no_object_is_damaged(tmp_path: Path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tokenizer.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no JSON object"):
+        import_tokenizer(str(tmp_path / "source"), tmp_path / "out")

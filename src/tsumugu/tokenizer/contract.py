@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _FILE = "contract.json"
+_SEAL = "tokenizer_json_sha256"
 EXTENSION_FILE = "extension.json"  # of extend.py
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -93,17 +94,31 @@ def write_contract(folder: Path) -> Contract:
     contract = _describe(folder, GOLDEN)
     content = asdict(contract)
     content["golden"] = [{"text": text, "ids": ids} for text, ids in contract.golden]
+    content[_SEAL] = _tokenizer_hash(folder)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
     (folder / _FILE).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     return contract
 
 
 def read_contract(folder: Path) -> Contract:
-    """The contract of a tokenizer's folder, from its JSON alone.
+    """The contract of a tokenizer's folder, from its JSON alone, unless tokenizer.json is not the file that it was
+    written for: then that is proven to keep it, as by `check_contract`.
 
     Raises:
-        UserError: There is none, or it is not of this version.
+        UserError: There is none, it is not of this version, or the tokenizer does not keep it.
     """
+    contract, seal = _read(folder)
+    if seal is not None and (folder / "tokenizer.json").is_file() and _tokenizer_hash(folder) != seal:
+        return check_contract(folder)
+    return contract
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def _read(folder: Path) -> tuple[Contract, str | None]:
+    """The contract as it is written, and the sha256 of the tokenizer.json that it was written for."""
     path = folder / _FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -114,10 +129,11 @@ def read_contract(folder: Path) -> Contract:
     if isinstance(content, dict) and content.get("version") != VERSION:
         raise UserError(f"{path} is of version {content.get('version')}, not {VERSION}", "make the tokenizer again")
     try:
+        seal = content.pop(_SEAL, None)
         content["golden"] = tuple((pair["text"], tuple(pair["ids"])) for pair in content["golden"])
         content["token_bytes"] = tuple(content["token_bytes"])
-        return Contract(**content)
-    except (KeyError, TypeError):
+        return Contract(**content), seal
+    except (AttributeError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: it lacks parts of a contract", "make the tokenizer again") from None
 
 
@@ -127,7 +143,7 @@ def check_contract(folder: Path) -> Contract:
     Raises:
         UserError: The first difference: a golden string that encodes differently, or a field.
     """
-    contract = read_contract(folder)
+    contract, _ = _read(folder)
     found = _describe(folder, [text for text, _ in contract.golden])
     broken, hint = f"{folder}: the tokenizer does not keep its contract", "the files were changed; make it again"
     for (text, ids), (_, ids_found) in zip(contract.golden, found.golden, strict=True):
@@ -153,10 +169,21 @@ def new_rows(folder: Path, base: Contract) -> list[tuple[int, list[int]]] | None
     path = folder / EXTENSION_FILE
     if not path.is_file():
         return None
-    extension = json.loads(path.read_text(encoding="utf-8"))
+    extension = read_extension(path)
     if base.fingerprint not in [earlier["fingerprint"] for earlier in extension["bases"]]:
         return None
     return [(row["id"], row["pieces"]) for row in extension["rows"] if row["id"] >= base.vocab_size]
+
+
+def read_extension(path: Path) -> dict:
+    """An extension.json: `bases` (tokenizers that were extended) and `rows` (new ids with the earlier ids of each)."""
+    try:
+        extension = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(extension[key], list) for key in ("bases", "rows")):
+            return extension
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is damaged", "extend the tokenizer again")
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:

@@ -21,7 +21,15 @@ from tokenizers import AddedToken, Tokenizer
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer import convert, load
-from tsumugu.tokenizer.contract import EXTENSION_FILE, GOLDEN, Contract, copy_tokenizer, read_contract, write_contract
+from tsumugu.tokenizer.contract import (
+    EXTENSION_FILE,
+    GOLDEN,
+    Contract,
+    copy_tokenizer,
+    read_contract,
+    read_extension,
+    write_contract,
+)
 from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -323,4 +331,4 @@ def _write(
 
 def _read(folder: Path) -> dict:
     path = folder / EXTENSION_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"bases": [], "rows": []}
+    return read_extension(path) if path.is_file() else {"bases": [], "rows": []}

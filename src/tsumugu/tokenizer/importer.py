@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer import convert, load
-from tsumugu.tokenizer.contract import GOLDEN, Contract, write_contract
+from tsumugu.tokenizer.contract import EXTENSION_FILE, GOLDEN, Contract, write_contract
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
 _HUB_FILES = ["tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
@@ -154,6 +154,10 @@ def _read_source(source: str) -> _Source:
         if (folder / name).is_file():
             found.named |= _read_json(folder / name)
     found.named = {name: value for name, value in found.named.items() if value is not None}
+    if load.SEAL in found.named or (folder / EXTENSION_FILE).is_file():
+        raise UserError(
+            f"{source} is imported or extended already", "use it as it is, or import its source with other options"
+        )
     if (folder / "added_tokens.json").is_file():
         added = _read_json(folder / "added_tokens.json")
         found.added |= {token: {"id": id, "special": False} for token, id in added.items()}
@@ -170,9 +174,12 @@ def _read_source(source: str) -> _Source:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}", "copy it anew") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object", "copy it anew")
+    return content
 
 
 def _download(name: str) -> Path:
@@ -192,7 +199,8 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
         assert found.tokenizer_file is not None
         if newline is not None:
             raise UserError(
-                f"{found.name} is no SentencePiece model: its newlines are not mapped", "use --newline keep"
+                f"{found.name} is no SentencePiece model: its newlines are not mapped",
+                "import its .model file, or use --newline keep",
             )
         shutil.copyfile(found.tokenizer_file, folder / "tokenizer.json")
         tokenizer = Tokenizer.from_str(load.load_tokenizer(folder).to_str())
