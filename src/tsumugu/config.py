@@ -193,6 +193,8 @@ class PrepareConfig:
         if len(set(names)) < len(names):
             raise UserError(f"prepare.sources has the same name twice: {', '.join(names)}", "name each source")
         _require_share("prepare.validation_share", self.validation_share)
+        if all(source.validation_share == 1 for source in self.sources):
+            raise UserError("every source has validation_share 1", "leave a source to train on")
         if not 0.3 <= self.min_similarity <= 1:
             raise UserError(f"prepare.min_similarity is {self.min_similarity}", "use a similarity from 0.3 to 1")
         for index, source in enumerate(self.sources):
@@ -200,6 +202,12 @@ class PrepareConfig:
                 rules = self.clean_of(source).rules
             except UserError as error:
                 raise UserError(f"prepare.sources[{index}].{error.message}", error.hint) from None
+            cleaned = self.clean_of(source)
+            if rules == "none" and (cleaned.mask or cleaned.ng_words or cleaned.hojichar):
+                raise UserError(
+                    f"prepare.sources[{index}]: mask, ng_words or hojichar is set, which clean.rules none leaves out",
+                    "set clean.rules to normalize",
+                )
             if source.kind == "instructions" and rules == "swallow":
                 raise UserError(
                     f"prepare.sources[{index}]: clean.rules is swallow, which measures documents, for instructions",

@@ -39,7 +39,7 @@ class DocumentWriter:
     def add(self, content: str, place: str, validation: bool, split_key: str | None = None) -> None:
         """Appends one document; `split_key` decided its split, by default its content."""
         self._end += self._text.write(content.encode())
-        self._places.write(place.replace("\n", " ") + "\n")
+        self._places.write(place.replace("\n", " ").replace("\r", " ") + "\n")
         key = np.frombuffer(key_of(content), np.uint64)
         other = key if split_key is None else np.frombuffer(key_of(split_key), np.uint64)
         self._rows.append((self._end, key, other, validation))

@@ -112,8 +112,7 @@ def run_slurm(stages: list[Stage], work: Path, config: PrepareConfig) -> str:
         raise UserError(
             "prepare.executor is slurm, but there is no sbatch here", "run it on a login node of the cluster"
         )
-    jobs_file = work / _SLURM_JOBS
-    if jobs_file.exists() and (waiting := _unfinished_jobs(jobs_file.read_text().split())):
+    if waiting := unfinished_jobs(work):
         return f"{len(waiting)} jobs of an earlier call still run or wait: {', '.join(waiting)}"
     logger.disable("datatrove")
     settings = config.slurm
@@ -147,7 +146,7 @@ def run_slurm(stages: list[Stage], work: Path, config: PrepareConfig) -> str:
                 f"sbatch refuses stage {stage.name} (exit code {error.returncode})", "see the line above"
             ) from None
         jobs.append(str(executor.job_id))
-        jobs_file.write_text("\n".join(jobs))
+        (work / _SLURM_JOBS).write_text("\n".join(jobs))
     return f"submitted as jobs {', '.join(jobs)}, each after the one before; logs are in {work}/*/slurm_logs"
 
 
@@ -207,9 +206,24 @@ def _local(stage: Stage, work: Path) -> _Local:
     return _Local(pipeline=list(stage.pipeline), tasks=stage.tasks, workers=1, logging_dir=str(work / stage.name))
 
 
-def _unfinished_jobs(jobs: list[str]) -> list[str]:
-    found = subprocess.run(["squeue", "--noheader", "--format=%A", "--me"], capture_output=True, text=True, check=False)
-    return sorted(set(jobs) & set(found.stdout.split()))
+def unfinished_jobs(work: Path) -> list[str]:
+    """The jobs that `run_slurm` submitted for a working folder and that still run or wait.
+
+    Raises:
+        UserError: There may be some, but squeue does not say.
+    """
+    jobs_file = work / _SLURM_JOBS
+    if not jobs_file.exists():
+        return []
+    command = ["squeue", "--noheader", "--format=%F", "--me"]  # %F: of all tasks of an array, the array's id
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        raise UserError(
+            f"{work} was submitted to Slurm, and squeue does not say whether its jobs still run",
+            "ask again on a login node of the cluster",
+        ) from None
+    return sorted(set(jobs_file.read_text().split()) & set(found))
 
 
 @contextlib.contextmanager

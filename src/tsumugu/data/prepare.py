@@ -29,7 +29,7 @@ from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import corpus, instructions, store
 from tsumugu.data.cleaning.clean import Cleaner
 from tsumugu.data.comparison import dedup
-from tsumugu.data.executor import Stage, run_local, run_ray, run_slurm
+from tsumugu.data.executor import Stage, run_local, run_ray, run_slurm, unfinished_jobs
 from tsumugu.data.steps import (
     DOCUMENTS,
     REMOVED,
@@ -63,9 +63,14 @@ def prepare(config: PrepareConfig) -> dict:
     """
     output, tokenizer = Path(config.output), Path(config.tokenizer)
     contract = read_contract(tokenizer)
-    _check_fields(config)
+    check_records(config)
+    for source in config.sources:  # what is wrong with files that they name shows here
+        Cleaner(config.clean_of(source), source.language)
     files = {source.name: corpus.find_files(source.path) for source in config.sources}
     read = [file for several in files.values() for file in several]
+    local = [Path(file).resolve() for file in read if "://" not in file]
+    if inside := [file for file in local if output.resolve() in file.parents]:
+        raise UserError(f"{inside[0]} is read, and lies in prepare.output", "choose another prepare.output")
     settings = _settings(config, contract, read + corpus.find_files(config.contamination))
     if (output / store.MANIFEST).exists():
         manifest = store.open_store(output).manifest
@@ -74,13 +79,11 @@ def prepare(config: PrepareConfig) -> dict:
                 f"{output} holds a store made with other settings: {changed}",
                 "choose another prepare.output, or delete that folder",
             )
-        if (output / WORK).exists():  # killed between the manifest and the end
+        if (output / WORK).exists() and not unfinished_jobs(output / WORK):  # killed between the manifest and the end
             shutil.rmtree(output / WORK)
         return {**manifest, "already_done": True}
     _check_special_tokens(config, contract)
     check_contract(tokenizer)
-    for source in config.sources:  # what is wrong with files that they name shows here
-        Cleaner(config.clean_of(source), source.language)
     if contamination := contamination_of(config):
         for file, records, unchecked, example in contamination.coverage:
             if unchecked:
@@ -92,6 +95,12 @@ def prepare(config: PrepareConfig) -> dict:
     tasks = plan(config, files)
     stages = _stages(config, contract, settings, tasks)
     with _locked(output):
+        jobs = unfinished_jobs(output / WORK)
+        if jobs and (config.executor != "slurm" or _unfinished_settings(output) != settings):
+            raise UserError(
+                f"jobs {', '.join(jobs)} of an earlier call with other settings still work on {output}",
+                "wait for them, or end them with scancel",
+            )
         _start(output, settings)
         if config.executor == "slurm":
             return {"submitted": run_slurm(stages, output / WORK, config)}
@@ -130,7 +139,8 @@ def training_texts(config: PrepareConfig) -> Iterator[str]:
     files = {source.name: corpus.find_files(source.path) for source in config.sources}
     for task in plan(config, files):
         for document in Clean([task], config).run(Read([task], config).run()):
-            if document.metadata["dropped"] is None and not document.metadata["validation"]:
+            unfit = "set_aside" in document.metadata or document.metadata["dropped"]
+            if not unfit and not document.metadata["validation"]:
                 yield document.text
 
 
@@ -170,6 +180,9 @@ def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> di
         del settings[key]
     settings["tokenizer"] = contract.fingerprint
     lists = [config.clean_of(source).ng_words for source in config.sources]
+    for source in config.sources:
+        arguments = [value for item in config.clean_of(source).hojichar for value in item.values()]
+        lists += [value for value in arguments if isinstance(value, str) and Path(value).is_file()]
     settings["files"] = corpus.fingerprints((*files, *filter(None, lists)))
     return json.loads(json.dumps(settings))
 
@@ -182,12 +195,12 @@ def _changed(old: dict, new: dict) -> str:
 
 def _start(output: Path, settings: dict) -> None:
     """Readies the output folder: unfinished work with the same settings stays there, other work is thrown away."""
-    work, settings_file = output / WORK, output / WORK / "settings.json"
+    work = output / WORK
     if not work.exists() and any(not path.name.startswith(".") for path in output.iterdir()):
         raise UserError(
             f"{output} holds something else than a token store", "choose another prepare.output, or empty it"
         )
-    unfinished = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else None
+    unfinished = _unfinished_settings(output)
     if unfinished == settings:
         return
     if unfinished is not None:
@@ -203,10 +216,19 @@ def _start(output: Path, settings: dict) -> None:
         if (output / folder).exists():
             shutil.rmtree(output / folder)
     work.mkdir(parents=True)
-    write_json(settings_file, settings)
+    write_json(work / "settings.json", settings)
 
 
-def _check_fields(config: PrepareConfig) -> None:
+def _unfinished_settings(output: Path) -> dict | None:
+    """The settings of the work that lies unfinished in the output folder."""
+    file = output / WORK / "settings.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def check_records(config: PrepareConfig) -> None:
+    """Refuses what no record could be read by: fields and templates that do not exist."""
+    if config.kind == "instructions":
+        instructions.find_template(config.template)
     for index, source in enumerate(config.sources):
         if unknown := set(source.fields) - set(instructions.FIELDS):
             raise UserError(
@@ -241,7 +263,10 @@ def _locked(output: Path) -> Iterator[None]:
     """Keeps a second preparation of the same folder out until this one ends, however it ends."""
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is not a folder", "choose another prepare.output")
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be made ({error.strerror})", "choose another prepare.output") from None
     lock = output / ".lock"
     with open(lock, "w") as file:
         try:

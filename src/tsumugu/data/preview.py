@@ -15,7 +15,7 @@ from rich.console import Console
 from tsumugu.config import PrepareConfig
 from tsumugu.data import corpus
 from tsumugu.data.cleaning.quality import measures
-from tsumugu.data.prepare import plan
+from tsumugu.data.prepare import check_records, plan
 from tsumugu.data.steps import Clean, Read, Task
 
 _PLACES = 16  # places of a source that the sample is taken from
@@ -49,12 +49,15 @@ def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
     Raises:
         UserError: As `prepare` does, but for records that cannot be read where prepare.bad_records is set_aside.
     """
+    check_records(config)
     files = {source.name: corpus.find_files(source.path) for source in config.sources}
     tasks = plan(config, files)
     result = []
     for source in config.sources:
         found = SourcePreview(source.name)
-        places = _spread([(task, piece) for task in tasks if task.source is source for piece in task.pieces])
+        pieces = [(task, piece) for task in tasks if task.source is source for piece in task.pieces]
+        one_each = all(piece.path.lower().endswith(".txt") for _, piece in pieces)
+        places = _spread(pieces, documents if one_each else _PLACES)
         for task, piece in places:
             one = Task(source, task.columns, [piece])
             before: list[str] = []
@@ -65,10 +68,10 @@ def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
     return result
 
 
-def _spread(items: list) -> list:
-    if len(items) <= _PLACES:
+def _spread(items: list, most: int) -> list:
+    if len(items) <= most:
         return items
-    return [items[number * len(items) // _PLACES] for number in range(_PLACES)]
+    return [items[number * len(items) // most] for number in range(most)]
 
 
 def _remember(documents: Iterator[Document], texts: list[str]) -> Iterator[Document]:

@@ -185,7 +185,10 @@ class Clean(PipelineStep):
             clean = _clean_texts if source.kind == "text" else _clean_conversations
             clean(fit, cleaner)
             if contamination:
-                texts = [dedup.compared_text(document.text, source.kind) for document in fit]
+                texts = [document.text for document in fit]
+                if source.kind == "instructions":
+                    conversations = map(instructions.from_json, texts)
+                    texts = ["\n".join(part for m in ms for part in (m.content, m.input)) for ms in conversations]
                 for document, file in zip(fit, contamination.check(texts), strict=True):
                     if file and not document.metadata["dropped"]:
                         document.metadata["dropped"] = f"contaminated by {file}"

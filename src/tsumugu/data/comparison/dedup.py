@@ -203,10 +203,10 @@ def near_stages(
 
 
 def compared_text(content: str, kind: Kind) -> str:
-    """What is compared of a document: its text, or the contents of its messages."""
+    """What is compared of a document: its text, or the contents of its messages (without `input`, the passage)."""
     if kind == "text":
         return content
-    return "\n".join(text for m in instructions.from_json(content) for text in (m.content, m.input) if text)
+    return "\n".join(message.content for message in instructions.from_json(content))
 
 
 class _Signatures(PipelineStep):
