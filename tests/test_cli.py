@@ -305,7 +305,8 @@ def test_the_tokenizer_that_the_user_names_is_compared_with_the_store(made, tmp_
     assert main(["export", str(made / "run"), "--output", str(model)]) == 0
     pretrained = (*train, "--model.preset=null", f"--model.pretrained={model}")
     assert "tokenizer.path" in refused(*pretrained, f"--tokenizer.path={other}")
-    shutil.copy(other / "contract.json", model)  # the model's own contract counts too
+    for name in ("contract.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(other / name, model)  # the model's own contract counts too
     line = refused(*pretrained, f"--tokenizer.path={tokenizer_folder}")
     assert "another tokenizer than model.pretrained" in line
     (model / "contract.json").unlink()
