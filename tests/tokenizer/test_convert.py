@@ -1,8 +1,10 @@
 """Conversion of SentencePiece models of every kind, against SentencePiece itself."""
 
+import itertools
 import random
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -30,6 +32,8 @@ KINDS = [
     ("bpe", "identity", False, False, True, ["\n"]),
     ("bpe", "nmt_nfkc", True, True, False, OWN),
     ("bpe", "nfkc", False, False, True, []),
+    ("unigram", "nmt_nfkc_cf", True, True, False, []),
+    ("bpe", "nfkc_cf", False, False, True, OWN),
 ]
 
 
@@ -73,7 +77,7 @@ def differing(model: ModelProto, texts: list[str]) -> list[str]:
     return [text for text in texts if engine.normalize(text) != normalize(text)]
 
 
-@pytest.mark.parametrize("kind", [str(KINDS[place]) for place in (4, 8)])
+@pytest.mark.parametrize("kind", [str(KINDS[place]) for place in (4, 8, 15)])
 def test_normalised_text_is_sentencepieces_for_every_character_and_entry_and_for_mixtures(kind: str, models: dict):
     model = models[kind]
     entries = read_charsmap(model.normalizer_spec.precompiled_charsmap)
@@ -93,6 +97,20 @@ def test_normalised_text_is_sentencepieces_for_every_character_and_entry_and_for
     ]
     mixtures = ["".join(draw.choice(draw.choice(pools)) for _ in range(draw.randrange(1, 14))) for _ in range(8000)]
     assert differing(model, [*apart, *(f"x{entry}y" for entry in draw.sample(several, 8000)), *mixtures]) == []
+
+
+def test_folding_case_is_sentencepieces_for_every_combining_character_behind_every_base(models: dict):
+    model = models[str(KINDS[14])]
+    several = [entry for entry in read_charsmap(model.normalizer_spec.precompiled_charsmap) if len(entry) > 1]
+    marks = sorted({char for entry in several for char in entry[1:] if unicodedata.category(char)[0] == "M"})
+    pairs = ["x".join(base + mark for mark in marks) for base in sorted({entry[0] for entry in several})]
+    # the iota subscript is folded alone, and composed behind these; I with a dot is not folded
+    greek = sorted({char for entry in several if "\u0345" in entry for char in entry[1:]})
+    tails = ["".join(tail) for count in range(4) for tail in itertools.product(greek, repeat=count)]
+    bases = [*sorted({entry[0] for entry in several if "\u0345" in entry}), "ᾳ", "Ι", "ͺ", "か", " ", "\n", "\0"]
+    dots = ["".join(text) for count in range(5) for text in itertools.product("IiⅠ\u0130\u0307\u0345", repeat=count)]
+    runs = ["x".join(base + tail for tail in tails) for base in bases]
+    assert differing(model, [*pairs, *runs, *(base + tail for base in ("", "Α") for tail in tails), *dots]) == []
 
 
 def test_the_charsmap_is_read_as_sentencepiece_reads_it(models: dict):
@@ -124,7 +142,6 @@ def test_special_pieces_are_found_by_servers_and_not_in_documents(models: dict):
     [
         ({"model_type": "word", "byte_fallback": False, "hard_vocab_limit": False}, "WORD"),
         ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix"),
-        ({"normalization_rule_name": "nmt_nfkc_cf"}, "which composing does not"),
         ({"control_symbols": ["猫\u1234"], "character_coverage": 1.0}, None),
         ({"user_defined_symbols": ["<0xab>"]}, "decoded as a byte"),
         ({"user_defined_symbols": ["Ａ Ｂ"], "normalization_rule_name": "nfkc"}, "which its normalisation"),
@@ -138,3 +155,21 @@ def test_what_would_not_be_exact_is_refused_by_name(train_plainly, options: dict
     else:
         with pytest.raises(UserError, match=reason):
             to_fast(model)
+
+
+def test_a_rule_of_ones_own_is_exact_or_refused(train_plainly, models: dict, tmp_path: Path):
+    charsmap = read_charsmap(models[str(KINDS[8])].normalizer_spec.precompiled_charsmap)
+    single = {key: value for key, value in charsmap.items() if len(key) == 1}
+
+    def trained(rules: dict[str, str]) -> ModelProto:
+        lines = ("\t".join(" ".join(f"{ord(char):X}" for char in side) for side in rule) for rule in rules.items())
+        (tmp_path / "rules.tsv").write_text("\n".join(lines), encoding="utf-8")
+        return train_plainly(normalization_rule_tsv=str(tmp_path / "rules.tsv"))
+
+    # a mark that alone becomes nothing, a letter that composes with it, one that does not as composing would
+    exact = trained(single | {"\u0323": "", "e\u0323": "ẹ", "q\u0301": "Q"})
+    parts = ["e", "q", "\u0323", "\u0301", "x", "か"]
+    texts = ["".join(text) for count in range(1, 6) for text in itertools.product(parts, repeat=count)]
+    assert differing(exact, texts) == []
+    with pytest.raises(UserError, match="entries that overlap at 'e\u0301\u0323'"):
+        to_fast(trained(single | {"e\u0301": "E", "e\u0301\u0323": "ẹ\u0301"}))

@@ -11,19 +11,21 @@ only, and NFC to compose where an entry of several characters would have:
 2. the first mark is set in front of every combining character that no entry composes with what precedes it;
 3. the second mark is set behind every mapped character that could form a cluster with what follows;
 4. `Precompiled` maps each character alone; the second mark goes;
-5. NFC composes, but not across the first mark; the first mark goes;
+5. NFC composes, but not across the first mark; the first mark goes. A combining character that alone becomes something
+   else (case folding turns the Greek iota subscript into an iota) composes as it is: step 4 leaves it, and here those
+   that belong to no entry, which stand behind a first mark or begin the text, become what they become alone;
 6. spaces are trimmed and collapsed, one is put in front, and all become U+2581, as the model says.
 
 This is right when composing changes no single character and no value, and entries do not overlap: this is checked for
-every entry and every code point, and a map for which it does not hold is refused. Of SentencePiece's own rules these
-are the ones with case folding (`nfkc_cf`, `nmt_nfkc_cf`), which fold the Greek iota subscript alone, and not together
-with its vowel.
+every entry and every code point, and a map for which it does not hold is refused. It holds for all of SentencePiece's
+own rules.
 """
 
 import functools
 import re
 import struct
 import sys
+import unicodedata
 from collections.abc import Iterable
 
 import numpy as np
@@ -106,6 +108,8 @@ def refusal(model: ModelProto) -> str | None:
     rule = f"its normalisation {spec.name!r}"
     if overlap := set.intersection(*_first_and_rest(composed)):
         return f"{rule} has entries that overlap at {min(overlap)!r}"
+    if cut := _cut(composed, spelt):
+        return f"{rule} has entries that overlap at {cut!r}"
     for key, value in spelt.items():
         if any(char in single or char in firsts | rest for char in value) or len({*spelt.values()}) > 30:
             return f"{rule} turns {key!r} into {value!r}, which composing does not"
@@ -140,13 +144,35 @@ def _by_composition(blob: bytes, own: tuple[str, ...]) -> tuple[dict[str, str], 
     The others are scripts that Unicode has gained since the `tokenizers` at hand was made, and rules of one's own.
     """
     single, multiple = _by_length(read_charsmap(blob), own)
+    alone = _alone(single, multiple)
+    single = {char: value for char, value in single.items() if char not in alone}
     compose = normalizers.NFC().normalize_str
     # all at once, each on a line of its own
     made = compose("\n".join("".join(single.get(char, char) for char in key) for key in multiple)).split("\n")
     if len(made) != len(multiple):  # a value with a newline in it
         made = [compose("".join(single.get(char, char) for char in key)) for key in multiple]
-    alike = {key for (key, value), composed in zip(multiple.items(), made, strict=True) if composed == value}
-    return {key: multiple[key] for key in alike}, {key: multiple[key] for key in multiple.keys() - alike}
+    by_alike: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    for (key, value), composed in zip(multiple.items(), made, strict=True):
+        by_alike[composed == value][key] = value
+    return by_alike[True], by_alike[False]
+
+
+def _alone(single: dict[str, str], multiple: dict[str, str]) -> dict[str, str]:
+    """The combining characters of entries that become something other than a combining character where alone."""
+    _, rest = _first_and_rest(multiple)
+    made = set("".join(single.values()))
+    return {
+        char: single[char]
+        for char in sorted(rest & single.keys() - made)
+        if unicodedata.combining(char) and not any(map(unicodedata.combining, single[char][:1]))
+    }
+
+
+def _cut(composed: Iterable[str], spelt: dict[str, str]) -> str | None:
+    """An entry in which one that is replaced before it would be found."""
+    family, begins = set("".join(spelt)), {key[0] for key in spelt}
+    longer = (key for key in composed if not family.issuperset(key))
+    return next((key for key in longer if not begins.isdisjoint(key[1:]) or key.startswith(tuple(spelt))), None)
 
 
 def _first_and_rest(keys: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -201,24 +227,25 @@ def _mapping(blob: bytes, own: tuple[str, ...]) -> list[normalizers.Normalizer]:
     marks = _marks(single, firsts | rest)
     assert marks is not None
     first, second = marks
+    alone = _alone(single, multiple)
     kept = [piece for piece in own if len(piece) == 1 and piece in entries]
     mapped = (set(single) | firsts) - set(marks)
     steps = [
         normalizers.Replace(Regex(f"[{first}{second}]"), " "),
         normalizers.Replace(Regex(f"(?<=[{_set(mapped)}])(?=[^{_PLAIN}])"), second),
-        normalizers.Precompiled(_without(blob, [*kept, *marks])),
+        normalizers.Precompiled(_without(blob, [*kept, *marks, *alone])),
         normalizers.Replace(second, ""),
     ]
     if multiple:
+        family = set("".join(spelt))
+        within = [key for key in multiple if family.issuperset(key)]
         by_value = sorted({value: [key for key in spelt if spelt[key] == value] for value in spelt.values()}.items())
         steps[1:1] = [
-            *(
-                normalizers.Replace(Regex(_exactly(keys, multiple, set("".join(spelt)))), value)
-                for value, keys in by_value
-            ),
+            *(normalizers.Replace(Regex(_exactly(keys, within, family)), value) for value, keys in by_value),
             normalizers.Replace(Regex(_uncomposed(composed, own)), first),
         ]
-        steps += [normalizers.NFC(), normalizers.Replace(first, "")]
+        becoming = (normalizers.Replace(Regex(f"(?:\\A|{first}){char}"), value) for char, value in alone.items())
+        steps += [normalizers.NFC(), *becoming, normalizers.Replace(first, "")]
     return steps
 
 
@@ -240,16 +267,17 @@ def _uncomposed(multiple: dict[str, str], own: Iterable[str]) -> str:
     )
 
 
-def _exactly(keys: list[str], multiple: dict[str, str], family: set[str]) -> str:
+def _exactly(keys: list[str], within: list[str], family: set[str]) -> str:
     """A pattern of these entries, where SentencePiece's matches, from left to right, come upon them.
 
-    A run of characters of the family, those of the entries that composing does not give, is read entry by entry from
-    its start, or from where the last match has ended (\\G).
+    A run of characters of the family, those of the entries that composing does not give, is read entry by entry (of
+    those within the family) from its start, or from where the last match has ended (\\G).
     """
-    own = [key for key in multiple if set(key) <= family]
-    longer = {key: "".join(other[len(key)] for other in own if other.startswith(key) and other != key) for key in keys}
+    longer = {
+        key: "".join(other[len(key)] for other in within if other.startswith(key) and other != key) for key in keys
+    }
     found = "|".join(f"{key}(?![{_set(after)}])" if after else key for key, after in longer.items())
-    return f"(?:(?<![{_set(family)}])|\\G)(?>{_prefix_tree(own)}|[{_set(family)}])*?\\K(?:{found})"
+    return f"(?:(?<![{_set(family)}])|\\G)(?>{_prefix_tree(within)}|[{_set(family)}])*?\\K(?:{found})"
 
 
 def _prefix_tree(keys: Iterable[str]) -> str:
