@@ -543,7 +543,6 @@ def test_remote_files_are_read_as_local_ones(
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[servers.Server]:
-    pytest.importorskip("s3fs")
     with servers.bucket() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "AWS_ENDPOINT_URL": server.url,

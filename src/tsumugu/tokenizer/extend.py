@@ -8,7 +8,6 @@ embedding from theirs (model/build.py).
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -306,12 +305,7 @@ def _write(
     write: Callable[[Path], None],
     prove: Callable[[Path], tuple[int, int]],
 ) -> tuple[int, int]:
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists and is not empty", "choose another --output or remove it")
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    partial.mkdir(parents=True)
-    try:
+    with load.new_folder(output) as partial:
         write(partial)
         earlier = _read(source)
         own = [{"id": id, "pieces": pieces if method == "mean_of_pieces" else []} for id, pieces in rows]
@@ -319,14 +313,7 @@ def _write(
         extension = {"bases": [*earlier["bases"], base], "rows": [*earlier["rows"], *own]}
         (partial / EXTENSION_FILE).write_text(json.dumps(extension, indent=1) + "\n", encoding="utf-8")
         write_contract(partial)
-        proven = prove(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    os.replace(partial, output)
-    return proven
+        return prove(partial)
 
 
 def _read(folder: Path) -> dict:

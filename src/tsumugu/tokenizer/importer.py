@@ -6,7 +6,6 @@ build some tokenizers anew, with other ids). No code of the source is ever run.
 """
 
 import json
-import os
 import shutil
 import unicodedata
 from collections import Counter
@@ -115,27 +114,15 @@ def import_tokenizer(source: str, output: Path, sample: Iterable[str] = (), newl
     Raises:
         UserError: The tokenizer cannot be converted exactly, or cannot express a newline that was asked for.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists and is not empty", "choose another --output or remove it")
-    found = _read_source(source)
     token = None if newline in ("keep", "refuse") else newline
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    partial.mkdir(parents=True)
-    try:
+    with load.new_folder(output) as partial:
+        found = _read_source(source)
         contract = _write(found, partial, token)
         if newline == "refuse" and contract.newline == "lost":
             raise UserError(
                 f"{found.name} cannot express a newline", "map it to a token with --newline, or take --newline keep"
             )
-        report = _prove(found, partial, contract, list(sample), token)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    os.replace(partial, output)
-    return report
+        return _prove(found, partial, contract, list(sample), token)
 
 
 def _read_source(source: str) -> _Source:

@@ -5,9 +5,12 @@ tiktoken for byte-level BPE, `tokenizers` for everything else. How a folder come
 importer.py and extend.py.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -64,6 +67,30 @@ def save_tokenizer(tokenizer: Tokenizer, output: Path, special_tokens: Mapping[s
     }
     text = json.dumps(config, ensure_ascii=False, indent=2)
     (output / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_new(output: Path) -> None:
+    """Raises UserError where something lies in the output folder already."""
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} exists and is not empty", "choose another --output or remove it")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that becomes `output` when what is done in it succeeds, and is gone when it does not.
+
+    Raises:
+        UserError: Something lies in `output` already.
+    """
+    check_new(output)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

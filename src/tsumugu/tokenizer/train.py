@@ -4,12 +4,9 @@ Text in, a folder with the tokenizer (tokenizer.model beside it for SentencePiec
 are fit for training is the caller's affair.
 """
 
-import contextlib
 import hashlib
 import io
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +19,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN, write_contract
 from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE, compare, special_tokens, to_lossless
-from tsumugu.tokenizer.load import BulkEncoder, byte_characters, check_unicode, save_tokenizer, without_specials
+from tsumugu.tokenizer.load import (
+    BulkEncoder,
+    byte_characters,
+    check_new,
+    check_unicode,
+    new_folder,
+    save_tokenizer,
+    without_specials,
+)
 
 # The longest line, in UTF-8 bytes, that SentencePiece does not skip (its default, passed for the record).
 LONGEST_SENTENCE = 4192
@@ -83,7 +88,7 @@ def train_tokenizer(
     sample = [*GOLDEN, *(document[:2000] for document in islice(documents(), 1000))]
     compare(model, without_specials(tokenizer), [text for text in sample if SPACE not in text])
 
-    with _folder(output) as partial:
+    with new_folder(output) as partial:
         (partial / "tokenizer.model").write_bytes(model.SerializeToString())
         save_tokenizer(tokenizer, partial, special_tokens(model))
         write_contract(partial)
@@ -136,7 +141,7 @@ def train_byte_level(
             f"set --vocab-size to {made} or less, or give more text",
         )
     names = {"bos_token": special[0], "eos_token": special[0], "pad_token": special[1]}
-    with _folder(output) as partial:
+    with new_folder(output) as partial:
         save_tokenizer(tokenizer, partial, names)
         write_contract(partial)
         assert BulkEncoder(partial).engine == "tiktoken"
@@ -145,8 +150,7 @@ def train_byte_level(
 
 def _measure(documents: Callable[[], Iterable[str]], output: Path) -> tuple[int, int]:
     """Documents and bytes of the corpus; raises UserError where it or the output cannot be used."""
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists and is not empty", "choose another --output or remove it")
+    check_new(output)
     count = total = 0
     for document in documents():
         check_unicode(document, f"document {count} of the corpus")
@@ -156,16 +160,6 @@ def _measure(documents: Callable[[], Iterable[str]], output: Path) -> tuple[int,
         raise UserError("the corpus is empty: there is no text to train a tokenizer on", "check --input")
 
     return count, total
-
-
-@contextlib.contextmanager
-def _folder(output: Path) -> Iterator[Path]:
-    """A folder that becomes `output` when what is done in it has succeeded."""
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed run
-    partial.mkdir(parents=True)
-    yield partial
-    os.replace(partial, output)
 
 
 class _Sample:

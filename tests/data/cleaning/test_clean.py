@@ -215,7 +215,6 @@ def test_a_file_of_ng_words_that_cannot_be_used(tmp_path: Path):
 
 
 def test_hojichar_filters():
-    pytest.importorskip("hojichar")
     filters = [{"name": "DocumentLengthFilter", "max_doc_len": 100}, {"name": "DiscardAds", "max_allowed_num": 1}]
     cleaner = Cleaner(CleanConfig(rules="normalize", hojichar=[*filters, {"name": "MaskPersonalInformation"}]), "ja")
     assert cleaner(["あ" * 101, "営業時間 よくある質問 営業時間", "電話は06-1234-5678。"]) == [
@@ -237,7 +236,6 @@ def test_hojichar_filters():
     ],
 )
 def test_hojichar_filters_that_do_not_exist(item: dict, message: str):
-    pytest.importorskip("hojichar")
     with pytest.raises(UserError, match=message):
         Cleaner(CleanConfig(rules="normalize", hojichar=[item]), "ja")
 
