@@ -43,6 +43,22 @@ def test_a_later_file_and_flags_win_and_lists_are_replaced_whole(tmp_path):
     assert (loaded.prepare.tokenizer, loaded.prepare.output) == ("t", "q")
 
 
+def test_a_later_list_replaces_the_earlier_one_whole(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("prepare: {tokenizer: t, output: o, sources: [{name: a, path: a, language: en, text: body}]}")
+    second.write_text("prepare: {sources: [{name: b, path: b}]}")
+    [source] = config.load(config.Preparation, [str(first), str(second)]).prepare.sources
+    assert (source.name, source.language, source.text) == ("b", "ja", None)
+    [source] = config.load(
+        config.Preparation, [str(first)], ['--prepare.sources=[{"name":"c","path":"c"}]']
+    ).prepare.sources
+    assert (source.name, source.language, source.text) == ("c", "ja", None)
+    added = config.load(
+        config.Preparation, [str(first)], ['--prepare.sources+={"name":"c","path":"c"}']
+    ).prepare.sources
+    assert [(source.name, source.language) for source in added] == [("a", "en"), ("c", "ja")]
+
+
 def test_the_english_recipe_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("quickstart/corpus").mkdir(parents=True)

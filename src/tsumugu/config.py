@@ -6,9 +6,11 @@ types and values that contradict each other are refused here, before anything is
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import math
 import re
+import tempfile
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -553,16 +555,34 @@ def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) ->
     contents = {file: _read_yaml(file) for file in files}
     for file, content in contents.items():
         _check(content, config_class, file)
-    _check_flags(flags, config_class)
+    replaced = _check_flags(flags, config_class)
+    # merged here, since jsonargparse fills what an item of a later list lacks from the item of the earlier one
+    merged = functools.reduce(_merge, contents.values(), {})
+    for key in replaced:
+        section, _, name = key.rpartition(".")
+        functools.reduce(lambda content, part: content.get(part, {}), section.split("."), merged).pop(name, None)
     configuration_parser = parser(config_class)
     try:
-        namespace = configuration_parser.parse_args([f"--config={file}" for file in files] + list(flags))
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+            yaml.safe_dump(merged, file, allow_unicode=True)
+            file.flush()
+            namespace = configuration_parser.parse_args([f"--config={file.name}", *flags])
         sections = configuration_parser.instantiate(namespace)
         return config_class(**{f.name: sections[f.name] for f in dataclasses.fields(config_class)})
     except UserError:
         raise
     except Exception as error:  # jsonargparse: ArgumentError, TypeError or ValueError, by the kind of mistake
         raise UserError(_readable(error, contents, flags), "see `--keys` for every key and its type") from None
+
+
+def _merge(earlier: dict, later: dict) -> dict:
+    """Sections are merged key by key; every other value of the later one replaces the earlier one whole."""
+    both = {
+        key: _merge(earlier[key], value)
+        for key, value in later.items()
+        if isinstance(value, dict) and isinstance(earlier.get(key), dict)
+    }
+    return earlier | later | both
 
 
 def parser(config_class: type):
@@ -651,8 +671,13 @@ def _shown(value: Any) -> str:
     return yaml.safe_dump(value, allow_unicode=True, default_flow_style=True).removesuffix("...\n").strip()
 
 
-def _check_flags(flags: Sequence[str], config_class: type) -> None:
-    """Refuses unknown flags, and values of flags as `_check` does; a whole section is no flag."""
+def _check_flags(flags: Sequence[str], config_class: type) -> list[str]:
+    """Refuses unknown flags, and values of flags as `_check` does; a whole section is no flag.
+
+    Returns:
+        The keys of lists of sections that flags give whole.
+    """
+    replaced = []
     hints = dict(_flag_names(config_class))
     for flag, following in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         if not flag.startswith("--"):
@@ -672,6 +697,9 @@ def _check_flags(flags: Sequence[str], config_class: type) -> None:
         if written.endswith("+") and isinstance(items, dict):
             items = [items]  # one more item
         _check({key: items}, section_class, written, name.removesuffix(key))
+        if not written.endswith("+"):
+            replaced.append(name)
+    return replaced
 
 
 def _flag_names(config_class: type, prefix: str = "") -> Iterator[tuple[str, type]]:

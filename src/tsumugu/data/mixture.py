@@ -79,8 +79,10 @@ class Mixture:
         ends = np.cumsum(after - before, axis=0)  # in a block whose stores are not yet shuffled
         number = self.starts[stage] // BLOCK + stage + blocks  # another one for every block of the run
         inside = np.broadcast_to(np.arange(BLOCK), (len(blocks), BLOCK))
-        shuffled = row_at((number[:, None] * BLOCK + inside), BLOCK, self.seed)
-        shuffled = np.where((last - first < BLOCK)[:, None], inside, shuffled)  # the stage may end within a block
+        sizes = np.broadcast_to((last - first)[:, None], inside.shape)  # the stage may end within a block
+        drawn = number[:, None] * sizes + np.minimum(inside, sizes - 1)
+        shuffled = row_at(drawn.ravel(), sizes.ravel(), self.seed).reshape(inside.shape)
+        shuffled = np.where(inside < sizes, shuffled, inside)
         chosen = (shuffled >= ends[:, :, None]).sum(axis=0)
         # among the places of the block that have the same store, the first is its next use, and so on
         rank = np.argsort(np.argsort(chosen, axis=1, kind="stable"), axis=1)
