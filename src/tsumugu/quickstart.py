@@ -21,9 +21,8 @@ from rich.table import Table
 
 from tsumugu import config as configuration
 from tsumugu.data import corpus
-from tsumugu.data.instructions import messages_of, question_key
+from tsumugu.data.instructions import from_json
 from tsumugu.data.prepare import describe, prepare, training_texts
-from tsumugu.data.steps import hash_share
 from tsumugu.data.store import open_store
 from tsumugu.errors import UserError
 from tsumugu.export import export
@@ -239,17 +238,11 @@ def _show_generations(
         prompt = base.tokenizer.decode(split.document(index)[0][:6].tolist())
         reply, _ = base.generate(prompt, max_new_tokens=60)
         console.print(f"[base]     {prompt} ▸ {reply}", markup=False)
-    source = instructions.sources[0]
-    shown = 0
-    for record in corpus.records(corpus.plan(corpus.find_files(source.path))):
-        messages = messages_of(record.values, source.fields)
-        question = messages[0]
-        held_out = hash_share(question_key(messages)) < instructions.validation_share
-        if shown == 3 or len(messages) > 2 or question.input or held_out:
-            continue
+    conversations = (from_json(content) for content in training_texts(instructions))
+    questions = (messages[0] for messages in conversations if len(messages) == 2 and not messages[0].input)
+    for question in itertools.islice(questions, 3):
         reply, stopped = instruct.generate(question.content, max_new_tokens=120)
         console.print(f"[instruct] {question.content} ▸ {reply}{'' if stopped else ' …'}", markup=False)
-        shown += 1
 
 
 def _show_summary(rows: list[tuple[str, str, str, float]], console: Console) -> None:

@@ -226,13 +226,14 @@ def test_a_record_that_is_no_conversation_says_why(record: dict, fields: dict, m
         messages_of(record, fields)
 
 
-def test_the_question_is_all_but_the_last_reply():
+def test_the_question_is_what_stands_before_the_first_reply():
     other = Message("assistant", "赤です。")
     assert question_key([QUESTION, REPLY]) == question_key([QUESTION, other]) == '["空の色は？", ""]'
     assert question_key([Message("user", "訳して。", input="cat"), REPLY]) == '["訳して。", "cat"]'
-    assert question_key(CHAT) == question_key([*CHAT[:3], other])
-    keys = [[QUESTION, REPLY], CHAT, [QUESTION, other, *CHAT[2:]], [Message("system", "s"), QUESTION, REPLY]]
-    assert len({question_key(messages) for messages in keys}) == len(keys)
+    assert question_key(CHAT) == question_key([*CHAT[:3], other])  # and so is what goes on from it
+    assert question_key(CHAT) == question_key(CHAT[:2]) == question_key([CHAT[0], other, *CHAT[2:]])
+    others = [[QUESTION, REPLY], [Message("user", "海の色は？"), REPLY], [Message("system", "s"), QUESTION, REPLY]]
+    assert len({question_key(messages) for messages in others}) == len(others)
 
 
 # --- ids and mask ----------------------------------------------------------------------------------------------------

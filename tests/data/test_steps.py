@@ -165,6 +165,30 @@ def test_a_conversation_of_which_nothing_may_be_learned_is_dropped(tmp_path: Pat
     }
 
 
+def test_a_reply_that_cleaning_leaves_nothing_of_is_dropped(tmp_path: Path, run: Callable):
+    records = [{"prompt": "空の色は？", "response": reply} for reply in ("青です。", "\u200b", " ")]
+    source = {"name": "a", "path": _write(tmp_path / "a.jsonl", records), "kind": "instructions"}
+    counts = run([source], clean={"rules": "normalize"})["sources"]["a"]
+    assert (counts["documents"], counts["dropped: empty reply"]) == (1, 2)
+
+
+def test_a_conversation_lies_where_those_that_go_on_from_it_do(tmp_path: Path, run: Callable):
+    def chat(number: int, turns: int) -> dict:
+        contents = [f"{number}の質問", "答え", "次の質問", "次の答え"][:turns]
+        return {
+            "messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
+        }
+
+    path = _write(tmp_path / "a.jsonl", [chat(number, turns) for number in range(40) for turns in (2, 4)])
+    run([{"name": "a", "path": path, "kind": "instructions"}], validation_share=0.3)
+    opened = store.open_store(tmp_path / "store")
+    assert opened.train.documents % 2 == opened.validation.documents % 2 == 0
+    train, validation = (
+        [part.document(i)[0].tolist() for i in range(part.documents)] for part in (opened.train, opened.validation)
+    )
+    assert not any(longer[: len(ids)] == ids for ids in validation for longer in train)
+
+
 # --- the text column -------------------------------------------------------------------------------------------------
 
 

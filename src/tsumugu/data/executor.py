@@ -203,7 +203,9 @@ class _Slurm(SlurmPipelineExecutor):
 
 
 def _local(stage: Stage, work: Path) -> _Local:
-    return _Local(pipeline=list(stage.pipeline), tasks=stage.tasks, workers=1, logging_dir=str(work / stage.name))
+    return _Local(
+        pipeline=list(stage.pipeline), tasks=stage.tasks, workers=1, logging_dir=str((work / stage.name).absolute())
+    )
 
 
 def unfinished_jobs(work: Path) -> list[str]:

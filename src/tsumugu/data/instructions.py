@@ -93,7 +93,7 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
             raise UserError(f"no column {column}", f"it has: {', '.join(map(str, values))}")
         input = _text(values.get(column), column) if form[0] == "instruction" else ""
         messages = [Message("user", question, input=input), Message("assistant", reply)]
-    _check_turns(messages)
+    check_turns(messages)
     return messages
 
 
@@ -151,7 +151,8 @@ def _turns(turns: object, column: str, role_name: str, content_name: str) -> lis
     return messages
 
 
-def _check_turns(messages: list[Message]) -> None:
+def check_turns(messages: list[Message]) -> None:
+    """Raises UnusableError where a conversation teaches nothing, and says why."""
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
         raise UnusableError("no turns", "give a question and a reply")
@@ -161,7 +162,7 @@ def _check_turns(messages: list[Message]) -> None:
         hint = "after an optional system message, user and assistant take turns, and user begins"
         raise UnusableError("the turns do not alternate", hint)
     for turn in turns:
-        if not turn.content:
+        if not turn.content.strip():
             raise UnusableError("empty reply" if turn.role == "assistant" else "empty question")
 
 
@@ -176,8 +177,9 @@ def from_json(text: str) -> list[Message]:
 
 
 def question_key(messages: Sequence[Message]) -> str:
-    """What decides on which side of the validation split a conversation goes: all of it but the last reply."""
-    question = messages[:-1]
+    """What decides on which side of the validation split a conversation goes: all of it up to its first reply, so that
+    no conversation lies on the other side of one that it goes on from."""
+    question = messages[: [message.role for message in messages].index("assistant")]
     if len(question) == 1:
         return json.dumps([question[0].content, question[0].input], ensure_ascii=False)
     return json.dumps([[turn.role, turn.content, turn.input] for turn in question], ensure_ascii=False)

@@ -135,7 +135,8 @@ def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
 
 
 def training_texts(config: PrepareConfig) -> Iterator[str]:
-    """The documents that would be trained on, cleaned, before deduplication: what a tokenizer may see."""
+    """The documents (conversations: as JSON) that would be trained on, cleaned, before deduplication: what a tokenizer may
+    see."""
     files = {source.name: corpus.find_files(source.path) for source in config.sources}
     for task in plan(config, files):
         for document in Clean([task], config).run(Read([task], config).run()):
@@ -149,7 +150,7 @@ def _text_column(source: Source, pieces: list[corpus.Piece]) -> str:
 
 
 def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: list[Task]) -> list[Stage]:
-    work = Path(config.output) / WORK
+    work = (Path(config.output) / WORK).absolute()  # datatrove would expand a ~
     modes: list[dedup.Mode] = [config.deduplicate_of(task.source) for task in tasks]
     shares = {config.validation_share_of(source) for source in config.sources}
     inputs, sizes = [str(task) for task in tasks], np.array([float(task.size) for task in tasks])

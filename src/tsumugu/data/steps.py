@@ -211,16 +211,19 @@ def _clean_conversations(documents: list[Document], cleaner: Cleaner) -> None:
     for document, messages in zip(documents, conversations, strict=True):
         results = [(next(cleaned), next(cleaned)) for _ in messages]
         document.metadata["dropped"] = next((r.dropped for pair in results for r in pair if r.dropped), None)
-        document.text = instructions.to_json(
-            [
-                dataclasses.replace(message, content=content.text, input=input.text)
-                for message, (content, input) in zip(messages, results, strict=True)
-            ]
-        )
+        made = [
+            dataclasses.replace(message, content=content.text, input=input.text)
+            for message, (content, input) in zip(messages, results, strict=True)
+        ]
+        document.text = instructions.to_json(made)
+        try:
+            instructions.check_turns(made)
+        except instructions.UnusableError as error:
+            document.metadata["dropped"] = document.metadata["dropped"] or error.message
 
 
 def split_key(content: str, kind: str) -> str:
-    """What decides the split of a content: a text itself, a conversation without its last reply."""
+    """What decides the split of a content: a text itself, of a conversation what stands before its first reply."""
     return content if kind == "text" else instructions.question_key(instructions.from_json(content))
 
 
