@@ -174,10 +174,9 @@ def test_a_reply_that_cleaning_leaves_nothing_of_is_dropped(tmp_path: Path, run:
 
 def test_a_conversation_lies_where_those_that_go_on_from_it_do(tmp_path: Path, run: Callable):
     def chat(number: int, turns: int) -> dict:
-        contents = [f"{number}の質問", "答え", "次の質問", "次の答え"][:turns]
-        return {
-            "messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": c} for i, c in enumerate(contents)]
-        }
+        contents = (f"{number}の質問", "答え", "次の質問", "次の答え")
+        pairs = zip(("user", "assistant") * 2, contents, strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in pairs][:turns]}
 
     path = _write(tmp_path / "a.jsonl", [chat(number, turns) for number in range(40) for turns in (2, 4)])
     run([{"name": "a", "path": path, "kind": "instructions"}], validation_share=0.3)

@@ -203,9 +203,8 @@ class _Slurm(SlurmPipelineExecutor):
 
 
 def _local(stage: Stage, work: Path) -> _Local:
-    return _Local(
-        pipeline=list(stage.pipeline), tasks=stage.tasks, workers=1, logging_dir=str((work / stage.name).absolute())
-    )
+    folder = str((work / stage.name).absolute())  # datatrove would expand a ~
+    return _Local(pipeline=list(stage.pipeline), tasks=stage.tasks, workers=1, logging_dir=folder)
 
 
 def unfinished_jobs(work: Path) -> list[str]:

@@ -135,8 +135,7 @@ def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
 
 
 def training_texts(config: PrepareConfig) -> Iterator[str]:
-    """The documents (conversations: as JSON) that would be trained on, cleaned, before deduplication: what a tokenizer may
-    see."""
+    """What would be trained on, cleaned, before deduplication: documents, or conversations as JSON."""
     files = {source.name: corpus.find_files(source.path) for source in config.sources}
     for task in plan(config, files):
         for document in Clean([task], config).run(Read([task], config).run()):
