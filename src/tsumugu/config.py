@@ -386,8 +386,12 @@ class TrainConfig:
     """Seed of the initial weights, of the order of the data and of dropout."""
     start_from: str | None = None
     """RUN or RUN@STEP: start from the weights of that run's newest (or that) checkpoint, with a new optimizer."""
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None
+    dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """Compute dtype; default: bfloat16 on GPUs, float32 on CPUs. Masters and moments are float32 (float64: tests)."""
+    max_hours: float | None = None
+    """Save and stop (exit code 3) in time for the checkpoint to be written within so many hours from the start."""
+    stop_after: int | None = None
+    """Save and stop (exit code 3) after this step, as if asked to; the length of the run stays as it is."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     log_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
@@ -402,7 +406,7 @@ class TrainConfig:
                 f"{' and '.join(f'train.{name}' for name in given)} are set, of which only one may be",
                 f"set the others to null, such as --train.{given[-1]} null",
             )
-        for name in (*given, "global_batch_size", "micro_batch_size", "log_every"):
+        for name in (*given, "global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after"):
             _require_positive(f"train.{name}", getattr(self, name))
         if not 0 <= self.seed < 2**63:
             raise UserError(f"train.seed is {self.seed}", "use an integer from 0 to 2^63 - 1")
@@ -502,6 +506,28 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What becomes of a step that would do harm; such a step is never applied to the weights."""
+
+    non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite ends the run, or the step is skipped."""
+    spike: Literal["ignore", "skip", "rewind"] = "ignore"
+    """A loss far above the recent ones: skip the step, or go back to the newest checkpoint and pass over its rows."""
+    spike_deviations: float = 6.0
+    """How many standard deviations above the mean of the recent losses are a spike."""
+    spike_window: int = 128
+    """How many losses are recent; before there are so many there is no spike."""
+    max_skipped: int = 10
+    """A run that would skip more steps than this one after another ends."""
+
+    def __post_init__(self):
+        _require_positive("guard.spike_deviations", self.spike_deviations)
+        if self.spike_window < 2:
+            raise UserError(f"guard.spike_window is {self.spike_window}", "use 2 or more")
+        _require_positive("guard.max_skipped", self.max_skipped)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Configuration of `tsumugu prepare`."""
 
@@ -521,6 +547,7 @@ class TrainingRun:
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
     evaluate: EvaluateConfig
+    guard: GuardConfig
 
     def __post_init__(self):
         given = [name for name in ("preset", "pretrained", "config") if getattr(self.model, name) is not None]

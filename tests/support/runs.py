@@ -40,12 +40,13 @@ def run_config(store: Path, changes: dict[str, Any]) -> TrainingRun:
         "parallel": config.ParallelConfig,
         "checkpoint": config.CheckpointConfig,
         "evaluate": config.EvaluateConfig,
+        "guard": config.GuardConfig,
     }
     return TrainingRun(**{name: classes[name](**values) for name, values in sections.items()})
 
 
 class StopAfter(StopRequest):
-    """Asks to stop during the given step, counted from where this process started; None: never."""
+    """Asks to stop after the given step, counted from where this process started; None: never."""
 
     def __init__(self, steps: int | None):
         super().__init__()
@@ -54,7 +55,7 @@ class StopAfter(StopRequest):
     def __bool__(self) -> bool:
         if self.steps_left is not None:
             self.steps_left -= 1
-        return self.steps_left == 0
+        return self.steps_left == -1
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

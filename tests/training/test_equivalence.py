@@ -128,7 +128,7 @@ def train_all(folder: Path, run_dir: Path, splits: list[str]) -> dict[tuple[str,
                         assert trainer.max_steps == STEPS
                         steps = []
                         for _ in range(STEPS):
-                            steps.append(trainer.train_step(StopRequest())[0])
+                            steps.append(trainer.train_step(StopRequest()).figures())
                             trainer.step += 1
                         results[model, packing, dtype, split] = Result(
                             np.array([step.loss for step in steps]),

@@ -34,7 +34,7 @@ class Killed(BaseException):
 
 
 class KillAfter(StopAfter):
-    """Kills the process during the given step."""
+    """Kills the process after the given step, before its figures are looked at."""
 
     def __bool__(self) -> bool:
         if super().__bool__():
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_drops_later_lines(made: Pa
     config = config_of(made, "gpt2 with dropout", **{"checkpoint.every": 2})
     _, expected = take(config, tmp_path / "whole", StopAfter(None))
     with pytest.raises(Killed):
-        take(config, tmp_path / "run", KillAfter(6))
+        take(config, tmp_path / "run", KillAfter(5))
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
     assert [line["step"] for line in figures(tmp_path / "run")][-1] == 5
@@ -132,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(made: Path, tmp_pa
     config = config_of(made, "gpt_neox")
     _, expected = take(config, tmp_path / "whole", StopAfter(None))
     with pytest.raises(Killed):
-        take(config, tmp_path / "run", KillAfter(2))
+        take(config, tmp_path / "run", KillAfter(1))
     _, found = take(config, tmp_path / "run", StopAfter(None))
     assert_same(found, expected)
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")

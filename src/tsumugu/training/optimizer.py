@@ -22,11 +22,61 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
     )
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scales gradients down to `max_norm` and returns their global norm before that."""
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], max_norm: float, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scales gradients down to `max_norm` and returns their global norm before that.
+
+    Args:
+        parameters: Those with gradients.
+        max_norm: Of the gradients without the loss scale.
+        scale: What the gradients are multiplied by, and stay multiplied by; the returned norm is not.
+    """
     with_gradient = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if scale is not None:
+        norm = norm / scale
     nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
     return norm
+
+
+def take_step(optimizer: torch.optim.AdamW, skip: torch.Tensor, grad_scale: torch.Tensor | None) -> None:
+    """The optimizer's step, without effect on weights and moments where `skip` is true; nothing waits for the device.
+
+    Args:
+        optimizer: A fused one: its kernel reads both tensors, as it does for torch's own GradScaler.
+        skip: A scalar on the device.
+        grad_scale: What the gradients are multiplied by.
+    """
+    vars(optimizer).update(found_inf=skip.float(), grad_scale=grad_scale)
+    optimizer.step()
+
+
+class LossScale:
+    """The factor that keeps float16 gradients within its range: halved at an overflow, doubled after a quiet while.
+
+    Args:
+        device: Where it is used.
+        state: `state()` of the run at the step from which it goes on.
+    """
+
+    QUIET_STEPS = 2000  # the interval and the factors of torch.amp.GradScaler
+
+    def __init__(self, device: torch.device, state: list[float] | None = None):
+        scale, quiet = state or (2.0**16, 0)
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self._quiet = torch.tensor(int(quiet), dtype=torch.int32, device=device)
+
+    def update(self, grad_norm: torch.Tensor) -> None:
+        """After a step whose gradients had this norm, or overflowed."""
+        finite = torch.isfinite(grad_norm)
+        quiet = torch.where(finite, self._quiet + 1, 0)
+        grow = quiet == self.QUIET_STEPS
+        self.scale = torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        self._quiet = torch.where(grow, 0, quiet)
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return [self.scale.item(), self._quiet.item()]

@@ -3,12 +3,14 @@
 Pretraining, fine-tuning and instruction tuning are this one trainer over a token store; they differ in configuration.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +34,14 @@ from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
 from tsumugu.training import checkpoint
+from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
-from tsumugu.training.optimizer import build_optimizer, clip_gradients
+from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
 from tsumugu.training.schedule import check_schedule, learning_rate
 from tsumugu.training.signals import StopRequest, stop_requests
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Trainer:
     """One run, built and ready to take steps."""
 
     def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment):
+        self.started = time.monotonic()
         self.config, self.run_dir, self.environment = config, run_dir, environment
         self.device = environment.device
         self.data = data = _open_data(config)
@@ -92,16 +96,9 @@ class Trainer:
         dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.identity = _identity(config, data, self.model_config, dtype)
 
-        self.step, self.tokens_seen, self.supervised_tokens_seen = 0, 0, 0
-        self.rows_by_store, self.tokens_by_store = ([0] * len(data.stores) for _ in range(2))
+        state = checkpoint.read_state(run_dir, resumed_step) if resumed else {}
         if resumed:
-            state = checkpoint.read_state(run_dir, resumed_step)
             _check_identity(state["identity"], self.identity, run_dir)
-            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-            self.supervised_tokens_seen = state["supervised_tokens_seen"]
-            if self.mixed:
-                self.rows_by_store, self.tokens_by_store = state["rows_by_store"], state["tokens_by_store"]
-
         compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         fill = checkpoint.weights(saved) if saved else _starting_weights(config)
@@ -111,15 +108,44 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resumed:
             checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
+        self._take_over(state)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
+        self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
 
     @property
     def mixed(self) -> bool:
         """Whether the run reads several stores, and says so in its figures."""
         return len(self.data.stores) > 1
+
+    def _state(self) -> dict:
+        """What a checkpoint holds beside the tensors: everything that a later step depends on."""
+        counters = {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "supervised_tokens_seen": self.supervised_tokens_seen,
+            "rows_by_store": self.rows_by_store,
+            "tokens_by_store": self.tokens_by_store,
+            "passed_over": sorted(self.passed_over),
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "recent_losses": self.guard.losses(),
+        }
+        return counters | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
+
+    def _take_over(self, state: dict) -> None:
+        """Goes on from the `_state()` of a checkpoint, or starts with an empty one."""
+        none = [0] * len(self.data.stores)
+        self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
+        self.supervised_tokens_seen = state.get("supervised_tokens_seen", 0)
+        self.rows_by_store = list(state.get("rows_by_store", none))
+        self.tokens_by_store = list(state.get("tokens_by_store", none))
+        self.passed_over = set(state.get("passed_over", ()))
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.guard = Guard(self.config.guard, self.device, state.get("recent_losses", []))
+        half = self.config.train.dtype == "float16"
+        self.loss_scale = LossScale(self.device, state.get("loss_scale")) if half else None
 
     def train(self, request: StopRequest) -> Outcome:
         """Takes the steps that are left; ends early, with a checkpoint, once any process is asked to stop."""
@@ -137,34 +163,52 @@ class Trainer:
     def _take_steps(self, request: StopRequest) -> None:
         if self.step == 0:
             self.evaluate()
-        interval = _Interval()
+        interval, previous, saved = _Interval(), None, self.step or None
         while self.step < self.max_steps:
-            figures, stop = self.train_step(request)
-            self.step += 1
-            interval.add(figures)
-            last = self.step == self.max_steps
-            if self.step == 1 or _due(self.step, self.config.train.log_every) or last:
-                self._log(figures, interval)
+            step, last = self.step + 1, self.step + 1 == self.max_steps
+            log_due = step == 1 or _due(step, self.config.train.log_every) or last
+            evaluation_due = _due(step, self.config.evaluate.every) or last
+            checkpoint_due = _due(step, self.config.checkpoint.every) or last
+            with interval.timed():
+                launched = self.train_step(request)
+                stands = previous is None or self._settle(previous)  # while the device is busy with the next one
+                previous = launched
+                if launched and stands:
+                    self.step = step
+                    interval.add(launched)
+                    if log_due or evaluation_due or checkpoint_due:
+                        stands, previous = self._settle(launched), None
+            if not stands:
+                interval, previous, saved = _Interval(), None, self.step
+                continue
+            if launched is None:
+                if saved != self.step:
+                    self.save()
+                break
+            self.step_seconds = interval.seconds / interval.steps
+            if log_due:
+                self._log(launched.figures(), interval)
                 interval = _Interval()
             if self.metrics:
                 self.metrics.advance()
-            if _due(self.step, self.config.evaluate.every) or last:
+            if evaluation_due:
                 self.evaluate()
-            if _due(self.step, self.config.checkpoint.every) or last or stop:
+            if checkpoint_due:
                 self.save()
-            if stop:
-                break
+                saved = self.step
 
-    def train_step(self, request: StopRequest) -> tuple["StepFigures", bool]:
-        """One optimizer step, and whether any process was asked to stop.
+    def train_step(self, request: StopRequest) -> "Launched | None":
+        """Launches one optimizer step; None, and no step, once any process is asked to stop.
 
         The loss is the sum over the supervised tokens of all rows of the step, on all processes, over their number.
+        Counts and the wish to stop are exchanged between the hosts; the device is not waited for.
         """
         started = time.perf_counter()
         torch.manual_seed(self._step_seed())
         batches, stores = training_batches(self.data.train_rows, self.data.mixture, self.step, self.share)
         data_seconds = time.perf_counter() - started
         counts = [
+            int(self._must_stop(request)),
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
             sum(sum(batch.lengths) for batch in batches),
             sum(length**2 for batch in batches for length in batch.lengths),
@@ -172,38 +216,118 @@ class Trainer:
         lengths = [length for batch in batches for length in batch.lengths][: len(stores)]
         by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
         counts += [int(count) for counted in by_store for count in counted]
-        supervised, tokens, squared_lengths, *counts_by_store = self._all_sum(counts).tolist()
+        total = torch.tensor(counts)
+        dist.all_reduce(total)
+        stops, supervised, tokens, squared_lengths, *counts_by_store = total.tolist()
+        if stops:
+            return None
+        if self.step in self.passed_over:
+            supervised = tokens = squared_lengths = 0
+            counts_by_store = [0] * len(counts_by_store)
 
-        self.model.train()
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        grad_norm = torch.zeros((), device=self.device)
-        if supervised > 0:
-            for batch in batches:
-                batch_loss = self._summed_loss(batch) / supervised
-                batch_loss.backward()
-                loss += batch_loss.detach()
-            grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm)
-            rate = self._learning_rate()
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        reduced = self._all_sum([loss.item(), float(bool(request))])
+        values = self._update(batches, supervised) if supervised else None
         self.tokens_seen += tokens
         self.supervised_tokens_seen += supervised
         for index in range(len(self.data.stores)):
             self.rows_by_store[index] += counts_by_store[index]
             self.tokens_by_store[index] += counts_by_store[len(self.data.stores) + index]
-        loss_value = reduced[0].item() if supervised > 0 else math.nan
-        if supervised > 0 and not math.isfinite(loss_value + grad_norm.item()):
+        return Launched(self.step + 1, tokens, squared_lengths, data_seconds, values)
+
+    def _update(self, batches: list[Batch], supervised: int) -> torch.Tensor:
+        """Gradients of the batches, and the optimizer's step unless the guard objects.
+
+        Returns:
+            (5,) in float64 on the device: loss and gradient norm of the step, the verdict, this process's share of the
+            loss, the loss scale.
+        """
+        self.model.train()
+        scale = self.loss_scale.scale if self.loss_scale else None
+        own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in batches:
+            batch_loss = self._summed_loss(batch) / supervised
+            (batch_loss if scale is None else batch_loss * scale).backward()
+            own_loss += batch_loss.detach()
+        loss = own_loss.clone()
+        dist.all_reduce(loss)
+        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
+        verdict = self.guard.judge(loss, grad_norm)
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        take_step(self.optimizer, skip=verdict != APPLIED, grad_scale=scale)
+        self.optimizer.zero_grad()
+        if self.loss_scale:
+            self.loss_scale.update(grad_norm)
+        values = [loss, grad_norm, verdict, own_loss, own_loss if scale is None else scale]
+        return torch.stack([value.double() for value in values])
+
+    def _must_stop(self, request: StopRequest) -> bool:
+        """Whether this process was asked to stop before the next step, or has no time for it and a checkpoint."""
+        train = self.config.train
+        if train.stop_after is not None and self.step >= train.stop_after:
+            return True
+        if train.max_hours is not None:
+            reserve = 2 * self.step_seconds + 1.5 * self.save_seconds
+            if time.monotonic() - self.started + reserve > train.max_hours * 3600:
+                return True
+        return bool(request)
+
+    def _settle(self, launched: "Launched") -> bool:
+        """Waits for a step and acts on its verdict; False where the run went back to an earlier checkpoint.
+
+        Raises:
+            UserError: The step would do harm and the run is to stop, or too many in a row were skipped.
+        """
+        figures, guard = launched.figures(), self.config.guard
+        if figures.verdict == APPLIED:
+            self.skipped_in_a_row = 0
+            return True
+        if self.loss_scale and math.isfinite(figures.loss) and figures.loss_scale > 1:
+            return True  # an overflow of float16, after which the scale is halved
+        spike = figures.verdict == SPIKE
+        message = (
+            f"step {launched.step}: {'a spike' if spike else 'not finite'}: loss {figures.loss:.6g}, gradient norm "
+            f"{figures.grad_norm:.6g} ({self._whence(launched.step, figures.own_loss)})"
+        )
+        self.skipped_in_a_row += 1
+        if (not spike and guard.non_finite == "stop") or self.skipped_in_a_row > guard.max_skipped:
+            many = f"; {self.skipped_in_a_row} such steps in a row" if self.skipped_in_a_row > 1 else ""
             raise UserError(
-                f"step {self.step + 1}: the loss is {loss_value}, the gradient norm {grad_norm.item()}",
-                "lower optimizer.learning_rate or lengthen schedule.warmup_steps; "
+                f"{message}; the step is not applied{many}",
+                "lower optimizer.learning_rate or lengthen schedule.warmup_steps, or look at those rows; "
                 f"{self.run_dir} resumes from its newest checkpoint",
             )
-        seconds = time.perf_counter() - started
-        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, seconds, data_seconds)
-        return figures, reduced[1].item() > 0
+        back_to = checkpoint.complete_steps(self.run_dir)[-1:] if spike and guard.spike == "rewind" else []
+        if self.metrics:
+            then = f"back to step {back_to[0]}, to pass over this step and the one before" if back_to else "skipped"
+            self.metrics.say(f"{message}: {then}")
+        for step in back_to:
+            self._rewind(step, launched.step)
+        return not back_to
+
+    def _whence(self, step: int, own_loss: float) -> str:
+        """The ranks whose loss is not finite (or all, where each is), and the rows of the step that they read."""
+        positions = np.concatenate(self.share.positions(step - 1))
+        stores, indices = self.data.mixture.at(positions[positions < self.data.mixture.total])
+        rows = [f"{self.data.mixture.names[store]}:{index}" for store, index in zip(stores, indices, strict=True)]
+        everywhere: list = [None] * self.environment.world_size
+        dist.all_gather_object(everywhere, (math.isfinite(own_loss), rows))
+        faulty = [rank for rank, (finite, _) in enumerate(everywhere) if not finite]
+        return "; ".join(
+            f"rank {rank}, rows {' '.join(everywhere[rank][1])}" for rank in faulty or range(len(everywhere))
+        )
+
+    def _rewind(self, back_to: int, spiked: int) -> None:
+        """Goes back to a checkpoint, and will pass over the rows of the step that spiked and of the one before it."""
+        passed_over = self.passed_over | {spiked - 1, max(back_to, spiked - 2)}
+        path = checkpoint.folder(self.run_dir, back_to)
+        checkpoint.weights(path)(self.model, [])
+        checkpoint.load_optimizer(path, self.model, self.optimizer)
+        self._take_over(checkpoint.read_state(self.run_dir, back_to))
+        self.passed_over |= passed_over
+        if self.metrics:
+            self.metrics.close()
+            self._open_metrics()
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -231,27 +355,27 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the steps done, and deletes the oldest ones."""
-        state = {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "supervised_tokens_seen": self.supervised_tokens_seen,
+        started = time.monotonic()
+        state = self._state() | {
             "template": self.data.stores[0].manifest["template"],
             "add_bos": self.data.stores[0].manifest["add_bos"],
             "identity": self.identity,
         }
-        if self.mixed:
-            state |= {"rows_by_store": self.rows_by_store, "tokens_by_store": self.tokens_by_store}
         checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
         on_main(lambda: checkpoint.prune(self.run_dir, self.step, self.config.checkpoint.keep))
         on_main(self._write_mixture)
+        self.save_seconds = time.monotonic() - started
 
     def _open_run_folder(self) -> None:
         if self.step == 0:
             _write_origin(self.run_dir, self.model_config, self.data.stores[0])
         configuration.write(self.config, self.run_dir / "config.yaml")
-        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
+        self._open_metrics()
         self._write_mixture()
         self._say_mixture()
+
+    def _open_metrics(self) -> None:
+        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
 
     def _write_mixture(self) -> None:
         if self.mixed:
@@ -270,12 +394,6 @@ class Trainer:
         tensors = {key: torch.from_numpy(a).to(self.device) for key, a in inputs.items() if a is not None}
         labels = torch.from_numpy(batch.labels).to(self.device)
         return summed_loss(self.model(**tensors, use_cache=False).logits, labels)
-
-    def _all_sum(self, values: list) -> torch.Tensor:
-        total = torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
-        total = total.to(self.device)
-        dist.all_reduce(total)
-        return total
 
     def _learning_rate(self) -> float:
         """Of the step that is being taken, the one after the `self.step` steps done."""
@@ -324,14 +442,42 @@ class Trainer:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Of one step: loss (nats a supervised token), gradient norm; tokens and squared row lengths, over all devices."""
+    """Of one step: loss (nats a supervised token) and gradient norm over all processes, and what the guard says."""
 
     loss: float
     grad_norm: float
-    tokens: int
-    squared_lengths: int
-    seconds: float
-    data_seconds: float
+    verdict: int
+    own_loss: float
+    loss_scale: float
+
+
+class Launched:
+    """A step whose work may still be queued on the device.
+
+    Args:
+        step: Its number, counted from 1.
+        tokens: Inputs on all processes.
+        squared_lengths: Of its rows, their sum.
+        data_seconds: Taken by reading them.
+        values: From `Trainer._update`; None for a step without a supervised token, which changes nothing.
+    """
+
+    def __init__(self, step: int, tokens: int, squared_lengths: int, data_seconds: float, values: torch.Tensor | None):
+        self.step, self.tokens, self.squared_lengths, self.data_seconds = step, tokens, squared_lengths, data_seconds
+        self._values, self._ready = values, None
+        if values is not None and values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def figures(self) -> StepFigures:
+        """Waits until the device has done the step."""
+        if self._values is None:
+            return StepFigures(math.nan, 0.0, APPLIED, math.nan, math.nan)
+        if self._ready:
+            self._ready.synchronize()
+        loss, grad_norm, verdict, own_loss, loss_scale = self._values.tolist()
+        return StepFigures(loss, grad_norm, int(verdict), own_loss, loss_scale)
 
 
 class _Interval:
@@ -341,12 +487,18 @@ class _Interval:
         self.steps, self.tokens, self.squared_lengths = 0, 0, 0
         self.seconds, self.data_seconds = 0.0, 0.0
 
-    def add(self, figures: StepFigures) -> None:
+    def add(self, launched: Launched) -> None:
         self.steps += 1
-        self.tokens += figures.tokens
-        self.squared_lengths += figures.squared_lengths
-        self.seconds += figures.seconds
-        self.data_seconds += figures.data_seconds
+        self.tokens += launched.tokens
+        self.squared_lengths += launched.squared_lengths
+        self.data_seconds += launched.data_seconds
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """What is done inside belongs to the steps of the interval."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
 
 
 @dataclass(frozen=True)
