@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.models import VOCABULARY, tiny_config
-from support.runs import TIMINGS, run_config
+from support.runs import TIMINGS, StopAfter, run_config
 from support.stores import write_store
 
 from tsumugu import cli, config
@@ -110,7 +110,10 @@ def test_a_store_without_supervised_tokens_trains_nothing(made: Path, tmp_path: 
 
 
 def test_a_loss_that_is_no_number_ends_the_run(made: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"step 2: the loss is nan, .* \(lower optimizer\.learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=r"step 2: not finite: loss nan, .* \(rank 0, rows store:\d+ store:\d+\); the step is not applied",
+    ):
         train(config_of(made, **{"optimizer.learning_rate": 1e38}), tmp_path)
     assert checkpoint.complete_steps(tmp_path) == []
 
@@ -173,10 +176,11 @@ def test_a_signal_ends_the_run_after_its_step_and_exit_3_says_so(
     train_step = Trainer.train_step
 
     def signalled(self: Trainer, request):
+        launched = train_step(self, request)
         if self.step == 1:
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), number)
-        return train_step(self, request)
+        return launched
 
     monkeypatch.setattr(Trainer, "train_step", signalled)
     handler = signal.getsignal(number)
@@ -193,13 +197,9 @@ def test_a_signal_ends_the_run_after_its_step_and_exit_3_says_so(
 def test_a_signal_in_the_last_step_does_not_make_a_run_unfinished(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    class Asked(StopRequest):
-        def __bool__(self) -> bool:
-            return True
-
     with process_group() as environment:
         trainer = Trainer(config_of(made, **{"train.max_steps": 1}), tmp_path, environment)
-        assert trainer.train(Asked()) == Outcome(1, 1)
+        assert trainer.train(StopAfter(1)) == Outcome(1, 1)
 
 
 def test_a_second_signal_later_ends_the_process_at_once():
