@@ -5,7 +5,7 @@ VENV := .venv
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-oldest lint format clean
+.PHONY: quickstart test test-oldest faults lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/tsumugu quickstart
@@ -17,6 +17,10 @@ test: $(VENV)/installed .venv-transformers4
 test-oldest: VENV := .venv-oldest
 test-oldest: .venv-oldest/installed
 	$(PYTEST) tests/model tests/training tests/test_export.py tests/test_generate.py
+
+# a hundred runs that are killed, stopped and damaged; every one must end as the undisturbed run
+faults: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py --runs 100
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
