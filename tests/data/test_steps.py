@@ -266,6 +266,31 @@ def test_questions_of_a_validation_source_never_train_whatever_their_answer(tmp_
     assert (splits["train"]["documents"], splits["validation"]["documents"]) == (15, 5)
 
 
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_nothing_is_removed_for_the_sake_of_what_is_not_stored(
+    tmp_path: Path, run: Callable, texts_of: Callable, deduplicate: str
+):
+    reply = "".join(random.Random(4).choices("あいうえおかきくけこさしすせそ朝昼夜山川海", k=300))
+    turns = [{"role": "user", "content": "続けて。"}, {"role": "assistant", "content": reply}]
+    too_long = [turns[0], turns[1] | {"content": reply + "。" * 600}]  # as similar as can be
+    unlearned = [turns[0], turns[1] | {"train": False}]
+    path = _write(tmp_path / "a.jsonl", [{"messages": messages} for messages in (too_long, unlearned, turns)])
+    held_out = _write(
+        tmp_path / "v.jsonl", [{"messages": too_long}, {"messages": [{**turns[0], "content": "他"}, turns[1]]}]
+    )
+    sources = [
+        {"name": "a", "path": path, "kind": "instructions"},
+        {"name": "v", "path": held_out, "kind": "instructions", "validation_share": 1, "deduplicate": "none"},
+    ]
+    counts = run(sources, deduplicate=deduplicate, max_length=600, keep_dropped=True)["sources"]
+    reasons = {"dropped: longer than prepare.max_length": 1, "dropped: no supervised token": 1}
+    assert {key: value for key, value in counts["a"].items() if key != "characters"} == {"documents": 1, **reasons}
+    assert reply in texts_of("train")[0]
+    assert sorted(line["reason"] for line in _lines(tmp_path / "store" / "dropped")) == sorted(
+        [*(reason.removeprefix("dropped: ") for reason in reasons), "longer than prepare.max_length"]
+    )
+
+
 def test_documents_that_hold_a_benchmark_are_dropped(tmp_path: Path, run: Callable, texts_of: Callable):
     question = "明治時代に京都から東京へ移された政府の機関のうち、最初に庁舎が建てられたのはどこか答えなさい。"
     benchmark = _write(tmp_path / "benchmark.jsonl", [{"question": question, "answer": "大蔵省"}])

@@ -1,7 +1,7 @@
 """From corpora to a token store, in stages of datatrove steps.
 
     read → clean → encode                                  nothing is compared
-    read → clean │ exact │ near … │ encode                 documents are compared with each other
+    read → clean → fit │ exact │ near … │ encode           documents are compared with each other
 
 A task reads some of the input, planned from the files alone, and ends as one shard of either split. datatrove's
 completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a store.
@@ -36,6 +36,7 @@ from tsumugu.data.steps import (
     WORK,
     Clean,
     Encode,
+    Fit,
     Keep,
     Kept,
     Read,
@@ -159,8 +160,9 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
         return Stage("finish", [_Finish(config, contract, settings, tasks, counted)], [config.output], [0.0])
 
     if set(modes) == {"none"} and len(shares) == 1:
-        encode = Encode("encode", tasks, config, contract)
+        encode = Encode("encode", config, contract)
         return [Stage("encode", [*read, encode], inputs, list(sizes)), finish("encode")]
+    read += [Fit(config, contract)] if config.kind == "instructions" else []
     stages = [Stage("read", [*read, Keep("read", tasks, config)], inputs, list(sizes * 0.5))]
     documents, exact, near = (work / name for name in (DOCUMENTS, *REMOVED))
     comparisons = [dedup.exact_stage(documents, exact, modes, int(sizes.sum()))]
@@ -169,7 +171,7 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
     for name, pipeline, parts in comparisons:
         inputs_of_parts = [f"part {number + 1} of {parts} of the documents" for number in range(parts)]
         stages.append(Stage(name, pipeline, inputs_of_parts, [0.0] * parts))
-    encode = [Kept(tasks, config), Encode("encode", tasks, config, contract)]
+    encode = [Kept(tasks, config), Encode("encode", config, contract)]
     return [*stages, Stage("encode", encode, inputs, list(sizes * 0.5)), finish("read", "encode")]
 
 
