@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from tsumugu import config
@@ -19,7 +21,7 @@ from tsumugu.config import PrepareConfig
 from tsumugu.data import prepare as module
 from tsumugu.data import store
 from tsumugu.data.prepare import prepare, training_texts, warnings
-from tsumugu.data.preview import preview
+from tsumugu.data.preview import preview, show
 from tsumugu.errors import UserError
 
 TEXTS = [f"{n}番目の朝、川沿いの道を{n * 37 % 101}歩だけ歩いた。霧が晴れて、山が青く見えた。" for n in range(120)]
@@ -330,21 +332,46 @@ def test_a_preview_says_what_would_be_dropped_and_changed_and_writes_nothing(tmp
     assert not (tmp_path / "store").exists()
 
 
+def test_a_preview_tries_as_many_as_asked_for_however_short_the_files_are(tmp_path: Path, run: Callable):
+    (tmp_path / "many").mkdir()
+    sizes = [0, 1, 90, 0, *[1] * 26]  # 117 documents in 30 files, most of them in one
+    for number, size in enumerate(sizes):
+        _corpus(tmp_path / "many" / f"{number:02d}.jsonl", [f"{number} {n}" for n in range(size)])
+    source = {"name": "a", "path": str(tmp_path / "many")}
+    for wanted, expected in ((1, 1), (5, 5), (16, 16), (40, 40), (100, 100), (117, 117), (500, 117)):
+        (found,) = run([source], preview_of=wanted)
+        assert (found.documents, found.kept) == (expected, expected)
+
+
+def test_a_preview_shows_why_a_record_cannot_be_read(tmp_path: Path, run: Callable):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "{TEXTS[0]}"}}\n壊れた\n{{"body": "x"}}\n', encoding="utf-8")
+    previews = run([{"name": "a", "path": str(path)}], preview_of=9, bad_records="set_aside")
+    printed = StringIO()
+    show(previews, Console(file=printed, width=200))
+    assert "  cannot be read: 2 dropped (66.7%), such as\n" in printed.getvalue()
+    assert "    a.jsonl, line 2: not JSON (Expecting value" in printed.getvalue()
+    assert ": 壊れた\n" in printed.getvalue()
+    assert '    a.jsonl, line 3: no column text (it has: body): {"body": "x"}\n' in printed.getvalue()
+
+
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 _SCRIPT = """
-import sys
+import sys, time
 from tsumugu import config
-from tsumugu.data import prepare
+from tsumugu.data import executor, prepare
 prepare.TASK_BYTES = (3000, 3000)
+run_task = executor._Local.run_task
+executor._Local.run_task = lambda *arguments: time.sleep(0.03) or run_task(*arguments)  # in the workers too
 if __name__ == "__main__":
     prepare.prepare(config.load(config.Preparation, [sys.argv[1]], ["--prepare.workers=2"]).prepare)
 """
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.6, 0.9, 1.2])
+@pytest.mark.parametrize("stage", ["read", "near-signatures", "near-candidates", "near-comparison", "encode"])
 def test_killed_in_any_stage_and_run_again_it_makes_the_same(
-    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, delay: float
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     monkeypatch.setattr(module, "TASK_BYTES", (3000, 3000))
     draw = random.Random(5)
@@ -359,11 +386,10 @@ def test_killed_in_any_stage_and_run_again_it_makes_the_same(
     (tmp_path / "killed.yaml").write_text(json.dumps(content))
     process = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "killed.yaml"])
     work = tmp_path / "store" / ".work"
-    while process.poll() is None and not list(work.glob("*/completions/*")):
-        time.sleep(0.01)
-    time.sleep(delay - 0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    while process.poll() is None and not list(work.glob(f"{stage}/completions/*")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     run(sources, **keys)
     made, whole = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in _two(tmp_path))
     assert made == whole
