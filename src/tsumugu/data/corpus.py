@@ -26,7 +26,7 @@ COMPRESSED_PIECE_BYTES = 16 * 2**20
 MOST_COMPRESSED_PIECES = 8
 ENOUGH_PIECES = 32  # as many compressed files keep the processes busy uncut
 
-LONGEST_TEXT = 2**30  # bytes of a .txt file, which is one document
+LONGEST_TEXT = 2**28  # bytes of a .txt file, which is one document
 LONGEST_LINE = 2**28  # bytes of a JSON line: what is longer is no JSON lines file
 
 _BLOCK_BYTES = 2**18
@@ -149,8 +149,8 @@ def plan(files: Iterable[str], piece_bytes: int | None = None) -> list[Piece]:
         step = max(size, 1)
         if kind == ".txt" and size > LONGEST_TEXT:
             raise UserError(
-                f"{file} has {size / 2**30:.1f} GiB, and a .txt file is one document",
-                'make it a .jsonl file, {"text": ...} a line for each document',
+                f"{file} has {size / 2**20:,.0f} MiB, and a .txt file is one document, of {LONGEST_TEXT >> 20} at most",
+                'cut it, or make it a .jsonl file, {"text": ...} a line for each document',
             )
         if kind in (".jsonl", ".parquet") or (kind == ".arrow" and not storage.is_remote(file)):
             step = piece_bytes or PIECE_BYTES

@@ -294,20 +294,19 @@ class Kept(PipelineStep):
         for folder, reason in REMOVED.items():
             for row in dedup.read_removed(Path(self.config.output) / WORK / folder, rank).tolist():
                 removed[row[1]] = (reason if compared else "in validation", *row[2:4])
-        places = documents.places()
-        for index in range(len(documents)):
+        for index, place in enumerate(documents.places()):
             validation = bool(documents.rows["validation"][index])
             metadata = {"at": (index + 1) / len(documents), "validation": validation, "dropped": None}
             if index in removed:
                 metadata["dropped"], task, other = removed[index]
                 if self.config.keep_dropped:
                     metadata["equals"] = _places(_documents_prefix(self.config, task))[other]
-            yield Document(text=documents.content(index), id=places[index], metadata=metadata)
+            yield Document(text=documents.content(index), id=place, metadata=metadata)
 
 
 @functools.lru_cache(maxsize=4)
 def _places(prefix: Path) -> list[str]:
-    return Documents(prefix).places()
+    return list(Documents(prefix).places())
 
 
 class Encode(PipelineStep):
