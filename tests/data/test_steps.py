@@ -1,5 +1,6 @@
 """What preparation does to documents between reading and the store: cleaned, compared, dropped with a reason, split."""
 
+import fcntl
 import json
 import os
 import random
@@ -414,3 +415,61 @@ def test_two_preparations_of_one_folder_do_not_meet(tmp_path: Path, run: Callabl
         run(sources)
     run(sources)
     assert os.listdir(tmp_path / "store").count(".lock") == 0
+
+
+def test_of_two_preparations_the_later_one_finds_what_the_other_made_meanwhile(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    check_contract = module.check_contract
+    made = []
+
+    def overtaken(*arguments: Any) -> None:  # after it looked for a store, and before it locks
+        monkeypatch.setattr(module, "check_contract", check_contract)
+        made.append(run(sources))
+
+    monkeypatch.setattr(module, "check_contract", overtaken)
+    assert run(sources) == made[0] | {"already_done": True}
+
+
+def test_a_lock_that_is_removed_while_another_waits_for_it_keeps_a_third_out(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    (tmp_path / "store").mkdir()
+    flock = fcntl.flock
+
+    def overtaken(file: Any, how: int) -> None:  # the holder ends between our opening of the lock and our locking
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / "store" / ".lock").unlink()
+        flock(file, how)
+
+    def meet(*_: Any) -> None:
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="another process prepares"):
+            run(sources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    monkeypatch.setattr(module, "run_local", meet)
+    with pytest.raises(KeyboardInterrupt):
+        run(sources)
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".work/encode/completions"]])
+def test_a_store_that_was_finished_before_the_kill_is_done(tmp_path: Path, run: Callable, left: list[str]):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    made = run(sources)
+    files = sorted((tmp_path / "store").rglob("*"))
+    (tmp_path / "store" / ".lock").touch()
+    for folder in left[1:]:
+        (tmp_path / "store" / folder).mkdir(parents=True)
+    assert run(sources) == made | {"already_done": True}
+    assert sorted((tmp_path / "store").rglob("*")) == files
+
+
+def test_a_finished_store_that_may_not_be_written_is_done(tmp_path: Path, run: Callable):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    made = run(sources)
+    (tmp_path / "store" / ".lock").mkdir()  # as root, the tests may write everything else
+    assert run(sources) == made | {"already_done": True}

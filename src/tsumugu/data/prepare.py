@@ -48,6 +48,8 @@ from tsumugu.data.steps import (
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, copy_tokenizer, read_contract
 
+_LOCK = ".lock"
+
 # Bytes of input a task: a 256th of all, within these. A function of the input alone, so that the store is too.
 TASK_BYTES = (8 * 2**20, 256 * 2**20)
 
@@ -74,15 +76,12 @@ def prepare(config: PrepareConfig) -> dict:
         raise UserError(f"{inside[0]} is read, and lies in prepare.output", "choose another prepare.output")
     settings = _settings(config, contract, read + corpus.find_files(config.contamination))
     if (output / store.MANIFEST).exists():
-        manifest = store.open_store(output).manifest
-        if changed := _changed(manifest.get("settings", {}), settings):
-            raise UserError(
-                f"{output} holds a store made with other settings: {changed}",
-                "choose another prepare.output, or delete that folder",
-            )
-        if (output / WORK).exists() and not unfinished_jobs(output / WORK):  # killed between the manifest and the end
-            shutil.rmtree(output / WORK)
-        return {**manifest, "already_done": True}
+        made = _already_made(output, settings)
+        if any((output / name).exists() for name in (WORK, _LOCK)):  # killed between the manifest and the end
+            with contextlib.suppress(UserError), _locked(output):  # what others hold, or is not writable, stays
+                if (output / WORK).exists() and not unfinished_jobs(output / WORK):
+                    shutil.rmtree(output / WORK)
+        return made
     _check_special_tokens(config, contract)
     check_contract(tokenizer)
     if contamination := contamination_of(config):
@@ -96,6 +95,8 @@ def prepare(config: PrepareConfig) -> dict:
     tasks = plan(config, files)
     stages = _stages(config, contract, settings, tasks)
     with _locked(output):
+        if (output / store.MANIFEST).exists():  # made by another process since
+            return _already_made(output, settings)
         jobs = unfinished_jobs(output / WORK)
         if jobs and (config.executor != "slurm" or _unfinished_settings(output) != settings):
             raise UserError(
@@ -112,6 +113,17 @@ def prepare(config: PrepareConfig) -> dict:
         manifest = store.read_manifest(output)
         shutil.rmtree(output / WORK)
     return manifest
+
+
+def _already_made(output: Path, settings: dict) -> dict:
+    """The manifest of the store in the output folder, with `already_done`, if that was made with these settings."""
+    manifest = store.open_store(output).manifest
+    if changed := _changed(manifest.get("settings", {}), settings):
+        raise UserError(
+            f"{output} holds a store made with other settings: {changed}",
+            "choose another prepare.output, or delete that folder",
+        )
+    return {**manifest, "already_done": True}
 
 
 def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
@@ -269,16 +281,31 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output} cannot be made ({error.strerror})", "choose another prepare.output") from None
-    lock = output / ".lock"
-    with open(lock, "w") as file:
+    lock = output / _LOCK
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process prepares {output} at this moment", "wait for it, or end it") from None
-        try:
-            yield
-        finally:
-            lock.unlink()
+            file = open(lock, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror})", "choose another prepare.output") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process prepares {output} at this moment", "wait for it, or end it") from None
+            if not _is_at(file.fileno(), lock):  # its last holder has removed it since it was opened
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class _Finish(PipelineStep):
