@@ -104,6 +104,13 @@ def test_conversations_are_left_as_they_are_unless_told_otherwise(tmp_path: Path
     assert all(part in cleaned for part in ("12", "AB", "12とア"))
 
 
+def test_a_filter_of_hojichar_that_fails_is_an_error_with_the_place(tmp_path: Path, run: Callable):
+    path = _write(tmp_path / "a.jsonl", [{"prompt": text, "response": text} for text in TEXTS[:2]])
+    rules = {"rules": "normalize", "hojichar": [{"name": "DocumentLengthFilter", "max_doc_len": "one"}]}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: HojiChar's DocumentLengthFilter fails \(TypeError"):
+        run([{"name": "a", "path": path, "kind": "instructions"}], clean=rules)
+
+
 def test_what_is_dropped_is_kept_with_its_reason_where_asked_for(tmp_path: Path, run: Callable):
     texts = [*TEXTS[:3], "", TEXTS[1]]
     path = _corpus(tmp_path / "a.jsonl", texts)
@@ -201,6 +208,22 @@ def test_the_text_column_is_found(tmp_path: Path, run: Callable, texts_of: Calla
     path = _write(tmp_path / "b.jsonl", [{"one": TEXTS[0], "two": TEXTS[1]}])
     with pytest.raises(UserError, match=r"which column holds the text.*one, two"):
         run([{"name": "a", "path": path}], output="b")
+
+
+def test_a_file_that_two_sources_read_in_the_same_way_is_warned_of(
+    tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
+):
+    path = _write(tmp_path / "a.jsonl", [{"one": text, "two": text + "続き"} for text in TEXTS])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    others = {"two": {"path": path, "text": "two"}, "linked": {"path": str(tmp_path / "link.jsonl"), "text": "one"}}
+    sources = [{"name": "one", "path": path, "text": "one"}, *({"name": key} | value for key, value in others.items())]
+    run(sources[:2], output="legitimate")
+    assert capsys.readouterr().err == ""
+    run(sources)
+    assert capsys.readouterr().err == (
+        f"sources one and linked both read {tmp_path / 'link.jsonl'} with the same column: "
+        "what is in there counts twice\n"
+    )
 
 
 # --- deduplication and validation ------------------------------------------------------------------------------------

@@ -93,6 +93,8 @@ def prepare(config: PrepareConfig) -> dict:
                 )
 
     tasks = plan(config, files)
+    for line in _read_twice(tasks):
+        print(line, file=sys.stderr)
     stages = _stages(config, contract, settings, tasks)
     with _locked(output):
         if (output / store.MANIFEST).exists():  # made by another process since
@@ -113,6 +115,25 @@ def prepare(config: PrepareConfig) -> dict:
         manifest = store.read_manifest(output)
         shutil.rmtree(output / WORK)
     return manifest
+
+
+def _read_twice(tasks: list[Task]) -> list[str]:
+    """A line for every two sources that read the same columns of the same files."""
+    first: dict[tuple, str] = {}
+    shared: dict[tuple[str, str], dict[str, None]] = {}
+    for task in tasks:
+        for piece in task.pieces:
+            name, other = (
+                task.source.name,
+                first.setdefault((corpus.identity(piece.path), *task.columns), task.source.name),
+            )
+            if name != other:
+                shared.setdefault((other, name), {})[piece.path] = None
+    lines = []
+    for (one, other), paths in shared.items():
+        which = next(iter(paths)) if len(paths) == 1 else f"{len(paths):,} files, such as {next(iter(paths))},"
+        lines.append(f"sources {one} and {other} both read {which} with the same column: what is in there counts twice")
+    return lines
 
 
 def _already_made(output: Path, settings: dict) -> dict:

@@ -198,7 +198,8 @@ class Clean(PipelineStep):
 
 
 def _clean_texts(documents: list[Document], cleaner: Cleaner) -> None:
-    for document, cleaned in zip(documents, cleaner([document.text for document in documents]), strict=True):
+    texts, places = [document.text for document in documents], [document.id for document in documents]
+    for document, cleaned in zip(documents, cleaner(texts, places), strict=True):
         document.text = cleaned.text
         document.metadata["dropped"] = cleaned.dropped or (None if cleaned.text else "empty")
 
@@ -207,7 +208,8 @@ def _clean_conversations(documents: list[Document], cleaner: Cleaner) -> None:
     """Cleans each message for itself; a conversation goes where one of its messages does."""
     conversations = [instructions.from_json(document.text) for document in documents]
     texts = [text for messages in conversations for message in messages for text in (message.content, message.input)]
-    cleaned = iter(cleaner(texts))
+    places = [document.id for document, messages in zip(documents, conversations, strict=True) for _ in 2 * messages]
+    cleaned = iter(cleaner(texts, places))
     for document, messages in zip(documents, conversations, strict=True):
         results = [(next(cleaned), next(cleaned)) for _ in messages]
         document.metadata["dropped"] = next((r.dropped for pair in results for r in pair if r.dropped), None)
