@@ -76,7 +76,8 @@ class CleanConfig:
     ng_words: str | None = None
     """normalize and swallow: a file of words, one a line; documents with too many of them are dropped."""
     max_ng_words: float = 0.05
-    """Characters that NG words may cover, over the Japanese letters of a document (en, code: over all characters)."""
+    """Characters that NG words may cover, over the Japanese letters of a document (en, code: over all characters).
+    1 switches it off."""
     mask: list[Literal["email", "phone", "ip", "my_number"]] = field(default_factory=list)
     """normalize and swallow: personal data that becomes <email>, <phone>, <ip_address> or <my_number>."""
     hojichar: list[dict[str, Any]] = field(default_factory=list)

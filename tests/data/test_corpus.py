@@ -401,6 +401,35 @@ def test_other_columns_of_a_parquet_file_do_not_matter(tmp_path: Path):
     assert _read(path) == ["本文"]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_without_columns_or_with_two_of_one_name_are_refused(tmp_path: Path, kind: str):
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["一"]), pyarrow.array(["二"])], ["text", "text"])
+    for table, message in ((pyarrow.table({}), "it has no columns"), (twice, "it has more than one column text")):
+        path = tmp_path / f"a.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+        (bad,) = read_records(plan([str(path)])[0])
+        assert isinstance(bad, BadRecord)
+        assert str(bad.error) == f"{path}: damaged ({message}) (copy or make the file anew)"
+        with pytest.raises(UserError, match=message):
+            find_text_column(plan([str(path)]))
+
+
+def test_a_date_that_python_has_no_room_for_makes_its_row_a_bad_one(tmp_path: Path):
+    days = pyarrow.array([0, 2**30, 1], pyarrow.int32()).cast(pyarrow.date32())
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["一", "二", "三"], "day": days}), path)
+    first, bad, last = read_records(plan([str(path)])[0])
+    assert isinstance(first, Record)
+    assert isinstance(last, Record)
+    assert (first.values["text"], last.values["text"]) == ("一", "三")
+    assert isinstance(bad, BadRecord)
+    assert str(bad.error).startswith(f"{path}, row 2: not readable (days=")
+
+
 def test_damaged_parquet_is_refused(tmp_path: Path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS * 1000}), path, use_dictionary=False)
@@ -446,10 +475,10 @@ def test_a_txt_file_is_one_document_as_it_stands(tmp_path: Path):
 def test_a_txt_file_too_large_for_a_document_is_refused(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.touch()
-    os.truncate(path, 2**30)
+    os.truncate(path, 2**27)
     assert len(plan([str(path)])) == 1
-    os.truncate(path, 2**30 + 1)
-    with pytest.raises(UserError, match=r"a\.txt has 1\.0 GiB.*make it a \.jsonl file"):
+    os.truncate(path, 2**27 + 2**20)
+    with pytest.raises(UserError, match=r"a\.txt has 129 MiB.*one document, of 128 at most.*make it a \.jsonl file"):
         plan([str(path)])
 
 

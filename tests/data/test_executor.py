@@ -1,5 +1,6 @@
 """Stages run in order, on processes and on Slurm; a worker that dies, fails or loses its parent is no hang."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -7,6 +8,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, SlurmConfig, Source
+from tsumugu.data import executor
 from tsumugu.data.executor import Stage, run_local, run_slurm
 from tsumugu.errors import UserError
 
@@ -85,6 +88,22 @@ def test_a_killed_worker_is_an_error_that_names_its_input(folder: Path):
     assert multiprocessing.active_children() == []
     run_local(_stages(folder), folder / "work", 2)
     assert _made(folder) == EVERYTHING
+
+
+def test_a_worker_that_is_killed_while_it_waits_is_the_same_error(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    pool_of = executor._pool
+
+    @contextlib.contextmanager
+    def with_a_dead_one(*arguments: Any) -> Iterator[list]:
+        with pool_of(*arguments) as pool:
+            pool[-1][0].kill()
+            pool[-1][0].join()
+            yield pool
+
+    monkeypatch.setattr(executor, "_pool", with_a_dead_one)
+    with pytest.raises(UserError, match=r"the worker process that worked on file 0 was killed"):
+        run_local(_stages(folder), folder / "work", 2)
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,5 +1,6 @@
 """What preparation does to documents between reading and the store: cleaned, compared, dropped with a reason, split."""
 
+import fcntl
 import json
 import os
 import random
@@ -8,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from tsumugu import config
@@ -19,7 +22,7 @@ from tsumugu.config import PrepareConfig
 from tsumugu.data import prepare as module
 from tsumugu.data import store
 from tsumugu.data.prepare import prepare, training_texts, warnings
-from tsumugu.data.preview import preview
+from tsumugu.data.preview import preview, show
 from tsumugu.errors import UserError
 
 TEXTS = [f"{n}番目の朝、川沿いの道を{n * 37 % 101}歩だけ歩いた。霧が晴れて、山が青く見えた。" for n in range(120)]
@@ -99,6 +102,13 @@ def test_conversations_are_left_as_they_are_unless_told_otherwise(tmp_path: Path
     (plain,), (cleaned,) = texts_of("train"), texts_of("train", "cleaned")
     assert all(part in plain for part in ("：１２", "ＡＢ", "12とｱ"))
     assert all(part in cleaned for part in ("12", "AB", "12とア"))
+
+
+def test_a_filter_of_hojichar_that_fails_is_an_error_with_the_place(tmp_path: Path, run: Callable):
+    path = _write(tmp_path / "a.jsonl", [{"prompt": text, "response": text} for text in TEXTS[:2]])
+    rules = {"rules": "normalize", "hojichar": [{"name": "DocumentLengthFilter", "max_doc_len": "one"}]}
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: HojiChar's DocumentLengthFilter fails \(TypeError"):
+        run([{"name": "a", "path": path, "kind": "instructions"}], clean=rules)
 
 
 def test_what_is_dropped_is_kept_with_its_reason_where_asked_for(tmp_path: Path, run: Callable):
@@ -200,6 +210,22 @@ def test_the_text_column_is_found(tmp_path: Path, run: Callable, texts_of: Calla
         run([{"name": "a", "path": path}], output="b")
 
 
+def test_a_file_that_two_sources_read_in_the_same_way_is_warned_of(
+    tmp_path: Path, run: Callable, capsys: pytest.CaptureFixture
+):
+    path = _write(tmp_path / "a.jsonl", [{"one": text, "two": text + "続き"} for text in TEXTS])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    others = {"two": {"path": path, "text": "two"}, "linked": {"path": str(tmp_path / "link.jsonl"), "text": "one"}}
+    sources = [{"name": "one", "path": path, "text": "one"}, *({"name": key} | value for key, value in others.items())]
+    run(sources[:2], output="legitimate")
+    assert capsys.readouterr().err == ""
+    run(sources)
+    assert capsys.readouterr().err == (
+        f"sources one and linked both read {tmp_path / 'link.jsonl'} with the same column: "
+        "what is in there counts twice\n"
+    )
+
+
 # --- deduplication and validation ------------------------------------------------------------------------------------
 
 
@@ -266,6 +292,31 @@ def test_questions_of_a_validation_source_never_train_whatever_their_answer(tmp_
     assert (splits["train"]["documents"], splits["validation"]["documents"]) == (15, 5)
 
 
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_nothing_is_removed_for_the_sake_of_what_is_not_stored(
+    tmp_path: Path, run: Callable, texts_of: Callable, deduplicate: str
+):
+    reply = "".join(random.Random(4).choices("あいうえおかきくけこさしすせそ朝昼夜山川海", k=300))
+    turns = [{"role": "user", "content": "続けて。"}, {"role": "assistant", "content": reply}]
+    too_long = [turns[0], turns[1] | {"content": reply + "。" * 600}]  # as similar as can be
+    unlearned = [turns[0], turns[1] | {"train": False}]
+    path = _write(tmp_path / "a.jsonl", [{"messages": messages} for messages in (too_long, unlearned, turns)])
+    held_out = _write(
+        tmp_path / "v.jsonl", [{"messages": too_long}, {"messages": [{**turns[0], "content": "他"}, turns[1]]}]
+    )
+    sources = [
+        {"name": "a", "path": path, "kind": "instructions"},
+        {"name": "v", "path": held_out, "kind": "instructions", "validation_share": 1, "deduplicate": "none"},
+    ]
+    counts = run(sources, deduplicate=deduplicate, max_length=600, keep_dropped=True)["sources"]
+    reasons = {"dropped: longer than prepare.max_length": 1, "dropped: no supervised token": 1}
+    assert {key: value for key, value in counts["a"].items() if key != "characters"} == {"documents": 1, **reasons}
+    assert reply in texts_of("train")[0]
+    assert sorted(line["reason"] for line in _lines(tmp_path / "store" / "dropped")) == sorted(
+        [*(reason.removeprefix("dropped: ") for reason in reasons), "longer than prepare.max_length"]
+    )
+
+
 def test_documents_that_hold_a_benchmark_are_dropped(tmp_path: Path, run: Callable, texts_of: Callable):
     question = "明治時代に京都から東京へ移された政府の機関のうち、最初に庁舎が建てられたのはどこか答えなさい。"
     benchmark = _write(tmp_path / "benchmark.jsonl", [{"question": question, "answer": "大蔵省"}])
@@ -305,21 +356,46 @@ def test_a_preview_says_what_would_be_dropped_and_changed_and_writes_nothing(tmp
     assert not (tmp_path / "store").exists()
 
 
+def test_a_preview_tries_as_many_as_asked_for_however_short_the_files_are(tmp_path: Path, run: Callable):
+    (tmp_path / "many").mkdir()
+    sizes = [0, 1, 90, 0, *[1] * 26]  # 117 documents in 30 files, most of them in one
+    for number, size in enumerate(sizes):
+        _corpus(tmp_path / "many" / f"{number:02d}.jsonl", [f"{number} {n}" for n in range(size)])
+    source = {"name": "a", "path": str(tmp_path / "many")}
+    for wanted, expected in ((1, 1), (5, 5), (16, 16), (40, 40), (100, 100), (117, 117), (500, 117)):
+        (found,) = run([source], preview_of=wanted)
+        assert (found.documents, found.kept) == (expected, expected)
+
+
+def test_a_preview_shows_why_a_record_cannot_be_read(tmp_path: Path, run: Callable):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "{TEXTS[0]}"}}\n壊れた\n{{"body": "x"}}\n', encoding="utf-8")
+    previews = run([{"name": "a", "path": str(path)}], preview_of=9, bad_records="set_aside")
+    printed = StringIO()
+    show(previews, Console(file=printed, width=200))
+    assert "  cannot be read: 2 dropped (66.7%), such as\n" in printed.getvalue()
+    assert "    a.jsonl, line 2: not JSON (Expecting value" in printed.getvalue()
+    assert ": 壊れた\n" in printed.getvalue()
+    assert '    a.jsonl, line 3: no column text (it has: body): {"body": "x"}\n' in printed.getvalue()
+
+
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 _SCRIPT = """
-import sys
+import sys, time
 from tsumugu import config
-from tsumugu.data import prepare
+from tsumugu.data import executor, prepare
 prepare.TASK_BYTES = (3000, 3000)
+run_task = executor._Local.run_task
+executor._Local.run_task = lambda *arguments: time.sleep(0.03) or run_task(*arguments)  # in the workers too
 if __name__ == "__main__":
     prepare.prepare(config.load(config.Preparation, [sys.argv[1]], ["--prepare.workers=2"]).prepare)
 """
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.6, 0.9, 1.2])
+@pytest.mark.parametrize("stage", ["read", "near-signatures", "near-candidates", "near-comparison", "encode"])
 def test_killed_in_any_stage_and_run_again_it_makes_the_same(
-    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, delay: float
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, stage: str
 ):
     monkeypatch.setattr(module, "TASK_BYTES", (3000, 3000))
     draw = random.Random(5)
@@ -334,11 +410,10 @@ def test_killed_in_any_stage_and_run_again_it_makes_the_same(
     (tmp_path / "killed.yaml").write_text(json.dumps(content))
     process = subprocess.Popen([sys.executable, tmp_path / "script.py", tmp_path / "killed.yaml"])
     work = tmp_path / "store" / ".work"
-    while process.poll() is None and not list(work.glob("*/completions/*")):
-        time.sleep(0.01)
-    time.sleep(delay - 0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    while process.poll() is None and not list(work.glob(f"{stage}/completions/*")):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     run(sources, **keys)
     made, whole = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in _two(tmp_path))
     assert made == whole
@@ -363,3 +438,61 @@ def test_two_preparations_of_one_folder_do_not_meet(tmp_path: Path, run: Callabl
         run(sources)
     run(sources)
     assert os.listdir(tmp_path / "store").count(".lock") == 0
+
+
+def test_of_two_preparations_the_later_one_finds_what_the_other_made_meanwhile(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    check_contract = module.check_contract
+    made = []
+
+    def overtaken(*arguments: Any) -> None:  # after it looked for a store, and before it locks
+        monkeypatch.setattr(module, "check_contract", check_contract)
+        made.append(run(sources))
+
+    monkeypatch.setattr(module, "check_contract", overtaken)
+    assert run(sources) == made[0] | {"already_done": True}
+
+
+def test_a_lock_that_is_removed_while_another_waits_for_it_keeps_a_third_out(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    (tmp_path / "store").mkdir()
+    flock = fcntl.flock
+
+    def overtaken(file: Any, how: int) -> None:  # the holder ends between our opening of the lock and our locking
+        monkeypatch.setattr(fcntl, "flock", flock)
+        (tmp_path / "store" / ".lock").unlink()
+        flock(file, how)
+
+    def meet(*_: Any) -> None:
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="another process prepares"):
+            run(sources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", overtaken)
+    monkeypatch.setattr(module, "run_local", meet)
+    with pytest.raises(KeyboardInterrupt):
+        run(sources)
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", ".work/encode/completions"]])
+def test_a_store_that_was_finished_before_the_kill_is_done(tmp_path: Path, run: Callable, left: list[str]):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    made = run(sources)
+    files = sorted((tmp_path / "store").rglob("*"))
+    (tmp_path / "store" / ".lock").touch()
+    for folder in left[1:]:
+        (tmp_path / "store" / folder).mkdir(parents=True)
+    assert run(sources) == made | {"already_done": True}
+    assert sorted((tmp_path / "store").rglob("*")) == files
+
+
+def test_a_finished_store_that_may_not_be_written_is_done(tmp_path: Path, run: Callable):
+    sources = [{"name": "a", "path": _corpus(tmp_path / "a.jsonl", TEXTS)}]
+    made = run(sources)
+    (tmp_path / "store" / ".lock").mkdir()  # as root, the tests may write everything else
+    assert run(sources) == made | {"already_done": True}

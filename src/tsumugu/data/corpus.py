@@ -26,8 +26,9 @@ COMPRESSED_PIECE_BYTES = 16 * 2**20
 MOST_COMPRESSED_PIECES = 8
 ENOUGH_PIECES = 32  # as many compressed files keep the processes busy uncut
 
-LONGEST_TEXT = 2**30  # bytes of a .txt file, which is one document
-LONGEST_LINE = 2**28  # bytes of a JSON line: what is longer is no JSON lines file
+# A document of so many bytes takes up to 1.5 GiB of memory on its way into a store, 3.5 GiB if its n-grams are counted.
+LONGEST_TEXT = 2**27  # bytes of a .txt file, which is one document
+LONGEST_LINE = 2**27  # bytes of a JSON line: what is longer is no JSON lines file
 
 _BLOCK_BYTES = 2**18
 _BATCH_BYTES = 8 * 2**20
@@ -112,11 +113,15 @@ def find_files(paths: str | list[str]) -> list[str]:
             check_unicode(file, f"the file name {file!a}")
             if not storage.is_remote(file) and not os.path.isfile(file):
                 raise UserError(f"{file}: not a file that can be read", "a link may point to nothing")
-            identity = file if storage.is_remote(file) else os.path.realpath(file)
-            if identity in found:
+            if identity(file) in found:
                 raise UserError(f"{file} is named twice", "name each file of a source once")
-            found[identity] = file
+            found[identity(file)] = file
     return list(found.values())
+
+
+def identity(file: str) -> str:
+    """What two names of one file have in common."""
+    return file if storage.is_remote(file) else os.path.realpath(file)
 
 
 def fingerprints(files: Iterable[str]) -> list[list]:
@@ -149,8 +154,8 @@ def plan(files: Iterable[str], piece_bytes: int | None = None) -> list[Piece]:
         step = max(size, 1)
         if kind == ".txt" and size > LONGEST_TEXT:
             raise UserError(
-                f"{file} has {size / 2**30:.1f} GiB, and a .txt file is one document",
-                'make it a .jsonl file, {"text": ...} a line for each document',
+                f"{file} has {size / 2**20:,.0f} MiB, and a .txt file is one document, of {LONGEST_TEXT >> 20} at most",
+                'cut it, or make it a .jsonl file, {"text": ...} a line for each document',
             )
         if kind in (".jsonl", ".parquet") or (kind == ".arrow" and not storage.is_remote(file)):
             step = piece_bytes or PIECE_BYTES
@@ -466,7 +471,7 @@ def _open_parquet(file: storage.File) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(
+        parquet = pyarrow.parquet.ParquetFile(
             file,  # pyright: ignore[reportArgumentType]
             buffer_size=2**20,
             pre_buffer=False,
@@ -474,6 +479,8 @@ def _open_parquet(file: storage.File) -> Any:
         )
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _DamageError(f"not readable as parquet: {error}") from None
+    _check_columns(parquet.schema_arrow.names)
+    return parquet
 
 
 def _read_arrow(piece: Piece, columns: Sequence[str] | None) -> Iterator[Record | BadRecord]:
@@ -519,9 +526,18 @@ def _open_arrow(source: Any) -> Any:
     import pyarrow
 
     try:
-        return pyarrow.ipc.open_stream(source)
+        stream = pyarrow.ipc.open_stream(source)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise _DamageError(f"not readable as a stream of Arrow record batches: {error}") from None
+    _check_columns(stream.schema.names)
+    return stream
+
+
+def _check_columns(names: list[str]) -> None:
+    if not names:
+        raise _DamageError("it has no columns")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise _DamageError(f"it has more than one column {twice}")
 
 
 def _batch_rows(size: int, rows: int) -> int:
@@ -536,7 +552,7 @@ def _rows(batch: Any) -> Iterator[dict | Exception]:
     try:
         batch.validate(full=True)
         yield from batch.to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # dates that Python has no room for
         if batch.num_rows == 1:
             yield error
             return

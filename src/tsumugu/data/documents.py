@@ -9,11 +9,14 @@ One shard a task of the preparation. Nothing here outlives the preparation.
 """
 
 import hashlib
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 ROW = np.dtype([("end", np.int64), ("key", np.uint64, (2,)), ("split_key", np.uint64, (2,)), ("validation", np.bool_)])
+_PACKED_ROW = struct.Struct("=q16s16s?")
 
 
 def key_of(content: str) -> bytes:
@@ -33,22 +36,22 @@ class DocumentWriter:
         self._prefix = prefix
         self._text = open(_hidden(prefix, "text"), "wb")  # noqa: SIM115 - closed by close
         self._places = open(_hidden(prefix, "places"), "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-        self._rows: list[tuple] = []
+        self._rows = bytearray()  # of dtype ROW: 41 bytes a document
         self._end = 0
 
     def add(self, content: str, place: str, validation: bool, split_key: str | None = None) -> None:
         """Appends one document; `split_key` decided its split, by default its content."""
         self._end += self._text.write(content.encode())
         self._places.write(place.replace("\n", " ").replace("\r", " ") + "\n")
-        key = np.frombuffer(key_of(content), np.uint64)
-        other = key if split_key is None else np.frombuffer(key_of(split_key), np.uint64)
-        self._rows.append((self._end, key, other, validation))
+        key = key_of(content)
+        other = key if split_key is None else key_of(split_key)
+        self._rows += _PACKED_ROW.pack(self._end, key, other, validation)
 
     def close(self) -> None:
         self._text.close()
         self._places.close()
         with open(_hidden(self._prefix, "npy"), "wb") as file:
-            np.save(file, np.array(self._rows, ROW))
+            np.save(file, np.frombuffer(self._rows, ROW))
         for ending in ("text", "places", "npy"):
             _hidden(self._prefix, ending).replace(_final(self._prefix, ending))
 
@@ -74,9 +77,11 @@ class Documents:
         start = int(self.rows["end"][index - 1]) if index else 0
         return self._text[start : int(self.rows["end"][index])].tobytes().decode()
 
-    def places(self) -> list[str]:
+    def places(self) -> Iterator[str]:
         """Where each document was read."""
-        return _final(self._prefix, "places").read_text(encoding="utf-8").split("\n")[:-1]
+        with open(_final(self._prefix, "places"), encoding="utf-8", newline="\n") as file:
+            for line in file:
+                yield line.removesuffix("\n")
 
 
 def _hidden(prefix: Path, ending: str) -> Path:

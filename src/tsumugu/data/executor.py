@@ -258,20 +258,28 @@ def _run_stage(
         while waiting and idle:
             connection = idle.pop()
             working[connection] = waiting.pop()
-            connection.send((index, working[connection]))
+            with _expecting_life(stage.inputs[working[connection]]):
+                connection.send((index, working[connection]))
         for connection in wait(list(working)):
             assert isinstance(connection, Connection)
             rank = working.pop(connection)
-            try:
+            with _expecting_life(stage.inputs[rank]):
                 error = connection.recv()
-            except (EOFError, ConnectionResetError):
-                raise UserError(
-                    f"the worker process that worked on {stage.inputs[rank]} was killed, most often for lack of memory",
-                    "use fewer prepare.workers; run again to go on where it stopped",
-                ) from None
             if error is not None:
                 raise error
             idle.append(connection)
+
+
+@contextlib.contextmanager
+def _expecting_life(input: str) -> Iterator[None]:
+    """Says what a worker works on, or was to, where it turns out to be dead."""
+    try:
+        yield
+    except (EOFError, ConnectionResetError, BrokenPipeError):
+        raise UserError(
+            f"the worker process that worked on {input} was killed, most often for lack of memory",
+            "use fewer prepare.workers; run again to go on where it stopped",
+        ) from None
 
 
 def _work(connection: Connection, executors: list[_Local]) -> None:

@@ -1,7 +1,7 @@
 """From corpora to a token store, in stages of datatrove steps.
 
     read → clean → encode                                  nothing is compared
-    read → clean │ exact │ near … │ encode                 documents are compared with each other
+    read → clean → fit │ exact │ near … │ encode           documents are compared with each other
 
 A task reads some of the input, planned from the files alone, and ends as one shard of either split. datatrove's
 completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a store.
@@ -36,6 +36,7 @@ from tsumugu.data.steps import (
     WORK,
     Clean,
     Encode,
+    Fit,
     Keep,
     Kept,
     Read,
@@ -46,6 +47,8 @@ from tsumugu.data.steps import (
 )
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract, check_contract, copy_tokenizer, read_contract
+
+_LOCK = ".lock"
 
 # Bytes of input a task: a 256th of all, within these. A function of the input alone, so that the store is too.
 TASK_BYTES = (8 * 2**20, 256 * 2**20)
@@ -73,15 +76,12 @@ def prepare(config: PrepareConfig) -> dict:
         raise UserError(f"{inside[0]} is read, and lies in prepare.output", "choose another prepare.output")
     settings = _settings(config, contract, read + corpus.find_files(config.contamination))
     if (output / store.MANIFEST).exists():
-        manifest = store.open_store(output).manifest
-        if changed := _changed(manifest.get("settings", {}), settings):
-            raise UserError(
-                f"{output} holds a store made with other settings: {changed}",
-                "choose another prepare.output, or delete that folder",
-            )
-        if (output / WORK).exists() and not unfinished_jobs(output / WORK):  # killed between the manifest and the end
-            shutil.rmtree(output / WORK)
-        return {**manifest, "already_done": True}
+        made = _already_made(output, settings)
+        if any((output / name).exists() for name in (WORK, _LOCK)):  # killed between the manifest and the end
+            with contextlib.suppress(UserError), _locked(output):  # what others hold, or is not writable, stays
+                if (output / WORK).exists() and not unfinished_jobs(output / WORK):
+                    shutil.rmtree(output / WORK)
+        return made
     _check_special_tokens(config, contract)
     check_contract(tokenizer)
     if contamination := contamination_of(config):
@@ -93,8 +93,12 @@ def prepare(config: PrepareConfig) -> dict:
                 )
 
     tasks = plan(config, files)
+    for line in _read_twice(tasks):
+        print(line, file=sys.stderr)
     stages = _stages(config, contract, settings, tasks)
     with _locked(output):
+        if (output / store.MANIFEST).exists():  # made by another process since
+            return _already_made(output, settings)
         jobs = unfinished_jobs(output / WORK)
         if jobs and (config.executor != "slurm" or _unfinished_settings(output) != settings):
             raise UserError(
@@ -111,6 +115,36 @@ def prepare(config: PrepareConfig) -> dict:
         manifest = store.read_manifest(output)
         shutil.rmtree(output / WORK)
     return manifest
+
+
+def _read_twice(tasks: list[Task]) -> list[str]:
+    """A line for every two sources that read the same columns of the same files."""
+    first: dict[tuple, str] = {}
+    shared: dict[tuple[str, str], dict[str, None]] = {}
+    for task in tasks:
+        for piece in task.pieces:
+            name, other = (
+                task.source.name,
+                first.setdefault((corpus.identity(piece.path), *task.columns), task.source.name),
+            )
+            if name != other:
+                shared.setdefault((other, name), {})[piece.path] = None
+    lines = []
+    for (one, other), paths in shared.items():
+        which = next(iter(paths)) if len(paths) == 1 else f"{len(paths):,} files, such as {next(iter(paths))},"
+        lines.append(f"sources {one} and {other} both read {which} with the same column: what is in there counts twice")
+    return lines
+
+
+def _already_made(output: Path, settings: dict) -> dict:
+    """The manifest of the store in the output folder, with `already_done`, if that was made with these settings."""
+    manifest = store.open_store(output).manifest
+    if changed := _changed(manifest.get("settings", {}), settings):
+        raise UserError(
+            f"{output} holds a store made with other settings: {changed}",
+            "choose another prepare.output, or delete that folder",
+        )
+    return {**manifest, "already_done": True}
 
 
 def plan(config: PrepareConfig, files: dict[str, list[str]]) -> list[Task]:
@@ -159,8 +193,9 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
         return Stage("finish", [_Finish(config, contract, settings, tasks, counted)], [config.output], [0.0])
 
     if set(modes) == {"none"} and len(shares) == 1:
-        encode = Encode("encode", tasks, config, contract)
+        encode = Encode("encode", config, contract)
         return [Stage("encode", [*read, encode], inputs, list(sizes)), finish("encode")]
+    read += [Fit(config, contract)] if config.kind == "instructions" else []
     stages = [Stage("read", [*read, Keep("read", tasks, config)], inputs, list(sizes * 0.5))]
     documents, exact, near = (work / name for name in (DOCUMENTS, *REMOVED))
     comparisons = [dedup.exact_stage(documents, exact, modes, int(sizes.sum()))]
@@ -169,7 +204,7 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
     for name, pipeline, parts in comparisons:
         inputs_of_parts = [f"part {number + 1} of {parts} of the documents" for number in range(parts)]
         stages.append(Stage(name, pipeline, inputs_of_parts, [0.0] * parts))
-    encode = [Kept(tasks, config), Encode("encode", tasks, config, contract)]
+    encode = [Kept(tasks, config), Encode("encode", config, contract)]
     return [*stages, Stage("encode", encode, inputs, list(sizes * 0.5)), finish("read", "encode")]
 
 
@@ -267,16 +302,31 @@ def _locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output} cannot be made ({error.strerror})", "choose another prepare.output") from None
-    lock = output / ".lock"
-    with open(lock, "w") as file:
+    lock = output / _LOCK
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process prepares {output} at this moment", "wait for it, or end it") from None
-        try:
-            yield
-        finally:
-            lock.unlink()
+            file = open(lock, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror})", "choose another prepare.output") from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process prepares {output} at this moment", "wait for it, or end it") from None
+            if not _is_at(file.fileno(), lock):  # its last holder has removed it since it was opened
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class _Finish(PipelineStep):

@@ -29,7 +29,8 @@ class SourcePreview:
 
     Attributes:
         dropped: Counts by reason (also of records that cannot be read).
-        examples: Some documents by reason: (place, text, what the rule measured, where it measures).
+        examples: Some documents by reason: (place, text, what the rule measured, where it measures, or why the record
+            cannot be read).
         changed: Documents that stay and are changed.
         changes: Some of their changed lines: (before, after).
     """
@@ -38,13 +39,13 @@ class SourcePreview:
     documents: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[tuple[str, str, float | None]]] = field(default_factory=dict)
+    examples: dict[str, list[tuple[str, str, float | str | None]]] = field(default_factory=dict)
     changed: int = 0
     changes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
-    """Tries about `documents` documents of every source, taken from places spread over its files.
+    """Tries `documents` documents of every source, or all where it has fewer, from places spread over its files.
 
     Raises:
         UserError: As `prepare` does, but for records that cannot be read where prepare.bad_records is set_aside.
@@ -55,23 +56,39 @@ def preview(config: PrepareConfig, documents: int) -> list[SourcePreview]:
     result = []
     for source in config.sources:
         found = SourcePreview(source.name)
-        pieces = [(task, piece) for task in tasks if task.source is source for piece in task.pieces]
-        one_each = all(piece.path.lower().endswith(".txt") for _, piece in pieces)
-        places = _spread(pieces, documents if one_each else _PLACES)
-        for task, piece in places:
-            one = Task(source, task.columns, [piece])
-            before: list[str] = []
-            read = _remember(islice(Read([one], config).run(), -(-documents // len(places))), before)
-            for document, text in zip(Clean([one], config).run(read), before, strict=False):  # fills `before` first
-                _count(found, text, document)
+        alone = [
+            Task(source, task.columns, [piece]) for task in tasks if task.source is source for piece in task.pieces
+        ]
+        one_each = all(task.pieces[0].path.lower().endswith(".txt") for task in alone)
+        ahead = [(task, Read([task], config).run()) for task in alone]  # generators: nothing is opened yet
+        cut_off: list[tuple[Task, Iterator[Document]]] = []  # they have more
+        while (left := documents - found.documents) and (ahead or cut_off):
+            ahead, cut_off = (ahead, cut_off) if ahead else (cut_off, [])
+            chosen = _spread(len(ahead), min(left, left if one_each else _PLACES))
+            for number, place in enumerate(chosen):
+                share = (number + 1) * left // len(chosen) - number * left // len(chosen)
+                task, reader = ahead[place]
+                if _try(task, islice(reader, share), config, found) == share:
+                    cut_off.append((task, reader))
+            tried = set(chosen)
+            ahead = [item for place, item in enumerate(ahead) if place not in tried]
         result.append(found)
     return result
 
 
-def _spread(items: list, most: int) -> list:
-    if len(items) <= most:
-        return items
-    return [items[number * len(items) // most] for number in range(most)]
+def _try(task: Task, documents: Iterator[Document], config: PrepareConfig, found: SourcePreview) -> int:
+    """Cleans and counts documents; says how many there were."""
+    before: list[str] = []
+    cleaned = Clean([task], config).run(_remember(documents, before))
+    for document, text in zip(cleaned, before, strict=False):  # which fills `before` first
+        _count(found, text, document)
+    return len(before)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` places, evenly."""
+    most = min(most, count)
+    return [number * count // most for number in range(most)]
 
 
 def _remember(documents: Iterator[Document], texts: list[str]) -> Iterator[Document]:
@@ -87,7 +104,8 @@ def _count(found: SourcePreview, before: str, document: Document) -> None:
         found.dropped[reason] += 1
         examples = found.examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
-            examples.append((document.id, document.text, _measured(reason, document.text)))
+            why = document.metadata.get("set_aside") or _measured(reason, document.text)
+            examples.append((document.id, document.text, why))
         return
     found.kept += 1
     if document.text != before:
@@ -116,8 +134,11 @@ def show(previews: list[SourcePreview], console: Console) -> None:
         line(f"{found.name}: {found.kept:,} of {found.documents:,} documents stay ({share:.1%})", "bold")
         for reason, count in found.dropped.most_common():
             line(f"  {reason}: {count:,} dropped ({count / found.documents:.1%}), such as")
-            for place, text, value in found.examples[reason]:
-                measured = "" if value is None else f" ({value:.3g})"
+            for place, text, why in found.examples[reason]:
+                if isinstance(why, str):  # begins with the place
+                    line(f"    {os.path.basename(place)}{why.removeprefix(place)}: {_short(text)}")
+                    continue
+                measured = "" if why is None else f" ({why:.3g})"
                 line(f"    {os.path.basename(place)}{measured}: {_short(text)}")
         if found.changed:
             line(f"  {found.changed:,} of them are changed, such as")

@@ -1,4 +1,4 @@
-"""The steps of a preparation, for datatrove: read, clean, keep for comparison, read what was kept, encode.
+"""The steps of a preparation, for datatrove: read, clean, check that it fits, keep for comparison, read again, encode.
 
 Between steps a document carries, in its metadata, how far its task has come (`at`), why it is dropped (`dropped`), why
 it could not be read (`set_aside`), and its split (`validation`). The last step of a task counts them all and writes.
@@ -181,7 +181,7 @@ class Clean(PipelineStep):
         cleaner = Cleaner(self.config.clean_of(source), source.language)
         contamination = contamination_of(self.config)
         for documents in _batches(data):
-            fit = [d for d in documents if "set_aside" not in d.metadata and not d.metadata["dropped"]]
+            fit = _fit(documents)
             clean = _clean_texts if source.kind == "text" else _clean_conversations
             clean(fit, cleaner)
             if contamination:
@@ -198,7 +198,8 @@ class Clean(PipelineStep):
 
 
 def _clean_texts(documents: list[Document], cleaner: Cleaner) -> None:
-    for document, cleaned in zip(documents, cleaner([document.text for document in documents]), strict=True):
+    texts, places = [document.text for document in documents], [document.id for document in documents]
+    for document, cleaned in zip(documents, cleaner(texts, places), strict=True):
         document.text = cleaned.text
         document.metadata["dropped"] = cleaned.dropped or (None if cleaned.text else "empty")
 
@@ -207,7 +208,8 @@ def _clean_conversations(documents: list[Document], cleaner: Cleaner) -> None:
     """Cleans each message for itself; a conversation goes where one of its messages does."""
     conversations = [instructions.from_json(document.text) for document in documents]
     texts = [text for messages in conversations for message in messages for text in (message.content, message.input)]
-    cleaned = iter(cleaner(texts))
+    places = [document.id for document, messages in zip(documents, conversations, strict=True) for _ in 2 * messages]
+    cleaned = iter(cleaner(texts, places))
     for document, messages in zip(documents, conversations, strict=True):
         results = [(next(cleaned), next(cleaned)) for _ in messages]
         document.metadata["dropped"] = next((r.dropped for pair in results for r in pair if r.dropped), None)
@@ -230,6 +232,27 @@ def split_key(content: str, kind: str) -> str:
 def hash_share(key: str) -> float:
     """A number in [0, 1) that depends on the key alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+class Fit(PipelineStep):
+    """Names why a conversation will not be stored, so that none is removed for the sake of one that is not there.
+
+    It is encoded for that, and again when it is stored. Texts are not: what has no tokens has no letters to compare.
+    """
+
+    name = "fit"
+    type = "FILTER"
+
+    def __init__(self, config: PrepareConfig, contract: Contract):
+        super().__init__()
+        self.encoding = _Encoding(config, contract)
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        for documents in _batches(data):
+            fit = _fit(documents)
+            for document, arrays in zip(fit, self.encoding(fit), strict=True):
+                document.metadata["dropped"] = self.encoding.unfit(*arrays)
+            yield from documents
 
 
 class Keep(PipelineStep):
@@ -273,20 +296,19 @@ class Kept(PipelineStep):
         for folder, reason in REMOVED.items():
             for row in dedup.read_removed(Path(self.config.output) / WORK / folder, rank).tolist():
                 removed[row[1]] = (reason if compared else "in validation", *row[2:4])
-        places = documents.places()
-        for index in range(len(documents)):
+        for index, place in enumerate(documents.places()):
             validation = bool(documents.rows["validation"][index])
             metadata = {"at": (index + 1) / len(documents), "validation": validation, "dropped": None}
             if index in removed:
                 metadata["dropped"], task, other = removed[index]
                 if self.config.keep_dropped:
                     metadata["equals"] = _places(_documents_prefix(self.config, task))[other]
-            yield Document(text=documents.content(index), id=places[index], metadata=metadata)
+            yield Document(text=documents.content(index), id=place, metadata=metadata)
 
 
 @functools.lru_cache(maxsize=4)
 def _places(prefix: Path) -> list[str]:
-    return Documents(prefix).places()
+    return list(Documents(prefix).places())
 
 
 class Encode(PipelineStep):
@@ -295,13 +317,10 @@ class Encode(PipelineStep):
     name = "encode"
     type = "WRITER"
 
-    def __init__(self, stage: str, tasks: list[Task], config: PrepareConfig, contract: Contract):
+    def __init__(self, stage: str, config: PrepareConfig, contract: Contract):
         super().__init__()
-        self.stage, self.tasks, self.config, self.contract = stage, tasks, config, contract
-        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
-        add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
-        self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
-        self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
+        self.stage, self.config, self.contract = stage, config, contract
+        self.encoding = _Encoding(config, contract)
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         output, supervised = Path(self.config.output), self.config.kind == "instructions"
@@ -311,12 +330,10 @@ class Encode(PipelineStep):
         }
         tally = Tally(self.stage, rank, self.config)
         progress = Progress(output / WORK / self.stage, rank)
-        encode = _encoder(self.config.tokenizer, self.contract.fingerprint)
         for documents in _batches(data):
             wanted = _wanted(documents, tally)
-            encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
-            for document, arrays in zip(wanted, encoded, strict=True):
-                if reason := self._unfit(*arrays):
+            for document, arrays in zip(wanted, self.encoding(wanted), strict=True):
+                if reason := self.encoding.unfit(*arrays):
                     document.metadata["dropped"] = reason
                     tally.drop(document)
                     continue
@@ -327,7 +344,25 @@ class Encode(PipelineStep):
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
 
-    def _unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
+
+class _Encoding:
+    """How documents, or conversations, become what the store holds of them."""
+
+    def __init__(self, config: PrepareConfig, contract: Contract):
+        self.config, self.contract = config, contract
+        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
+        add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
+        self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
+        self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
+
+    def __call__(self, documents: list[Document]) -> Iterable[tuple[np.ndarray, ...]]:
+        """(ids,) of each document, (ids, mask) of each conversation."""
+        encode = _encoder(self.config.tokenizer, self.contract.fingerprint)
+        encode_all = self._encode_conversations if self.config.kind == "instructions" else self._encode_texts
+        return encode_all(documents, encode)
+
+    def unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
+        """Why it is not stored, where it is not."""
         if len(ids) == 0:
             return "empty"
         if self.config.max_length and len(ids) > self.config.max_length:
@@ -359,6 +394,10 @@ def _wanted(documents: list[Document], tally: Tally) -> list[Document]:
             tally.set_aside(document)
         elif document.metadata["dropped"]:
             tally.drop(document)
+    return _fit(documents)
+
+
+def _fit(documents: list[Document]) -> list[Document]:
     return [d for d in documents if "set_aside" not in d.metadata and not d.metadata["dropped"]]
 
 

@@ -174,7 +174,7 @@ def test_masking_comes_after_the_rules():
 
 
 def reason_above(limit: float, part: int, whole: int) -> str | None:
-    return "max_ng_words" if part / whole > limit else None
+    return "max_ng_words" if part / whole > limit and limit != 1 else None  # 1 switches a share off
 
 
 def ng_characters(text: str, words: list[str]) -> int:
@@ -193,11 +193,14 @@ def test_ng_words_are_counted_as_longest_matches(tmp_path: Path):
     (tmp_path / "ng.txt").write_text("\n".join(["", *words, ""]), encoding="utf-8")
     texts = ["".join(choice.choices("あいうえおNG\t𠮷野", k=choice.randrange(1, 80))) for _ in range(300)]
     normal = [word.translate(str.maketrans("ＮＧ", "NG")) for word in words]
-    for limit in (0, 0.3, 0.5, 0.7):
+    for limit in (0, 0.3, 0.5, 0.7, 1):
         rules = CleanConfig(rules="normalize", ng_words=str(tmp_path / "ng.txt"), max_ng_words=limit)
         ja = [document.dropped for document in Cleaner(rules, "ja")(texts)]
         letters = [max(int(count), 1) for count in measures(texts)["japanese_letters"]]
         covered = [ng_characters(text, normal) for text in texts]
+        assert any(
+            part > whole for part, whole in zip(covered, letters, strict=True)
+        )  # N and G are no Japanese letters
         assert ja == [reason_above(limit, *pair) for pair in zip(covered, letters, strict=True)]
         en = [document.dropped for document in Cleaner(rules, "en")(texts)]  # which leaves full-width words as they are
         assert en == [reason_above(limit, ng_characters(text, words), len(text)) for text in texts]
@@ -238,6 +241,18 @@ def test_hojichar_filters():
 def test_hojichar_filters_that_do_not_exist(item: dict, message: str):
     with pytest.raises(UserError, match=message):
         Cleaner(CleanConfig(rules="normalize", hojichar=[item]), "ja")
+
+
+@pytest.mark.parametrize(
+    ("item", "error"),
+    [({"name": "DocumentLengthFilter", "max_doc_len": "9"}, "TypeError: '<' not supported between instances of 'str'")],
+)
+def test_hojichar_filters_that_fail_name_the_document(item: dict, error: str):
+    cleaner = Cleaner(CleanConfig(rules="normalize", hojichar=[item]), "ja")
+    with pytest.raises(UserError) as caught:
+        cleaner(["あ", "い"], ["a.jsonl, line 7", "a.jsonl, line 9"])
+    assert caught.value.message.startswith(f"a.jsonl, line 7: HojiChar's DocumentLengthFilter fails ({error}")
+    assert "\n" not in str(caught.value)
 
 
 def test_hojichar_is_not_installed(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tsumugu.data.comparison.contamination import Contamination
+from tsumugu.errors import UserError
 
 QUESTIONS = [
     "手塚治虫が医学博士の学位を受けた大学のある都市のうち、日本で二番目に古い市電が走っていたのはどこですか。",
@@ -29,6 +30,12 @@ def plain(text: str) -> str:
     """Letters and digits, as the module says that it compares them."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in folded if unicodedata.category(character)[0] not in "ZCP")
+
+
+def test_a_file_without_records_is_refused(tmp_path: Path):
+    paths = [benchmark(tmp_path, [{"question": QUESTIONS[0]}]), benchmark(tmp_path, [], "empty.jsonl")]
+    with pytest.raises(UserError, match=r"empty\.jsonl: holds no record to look for \(remove it from prepare"):
+        Contamination(paths)
 
 
 def test_a_stretch_of_32_letters_is_found_and_one_of_31_is_not(tmp_path: Path):
@@ -108,6 +115,5 @@ def test_each_document_is_told_its_file(tmp_path: Path):
     assert Contamination([str(tmp_path)]).check([FILLER, *reversed(QUESTIONS), ""]) == [None, *reversed(paths), None]
 
 
-@pytest.mark.parametrize("records", [[], [{"q": "短い"}]])
-def test_a_benchmark_without_anything_to_look_for(tmp_path: Path, records: list[dict]):
-    assert Contamination([benchmark(tmp_path, records)]).check([FILLER, ""]) == [None, None]
+def test_a_benchmark_without_anything_to_look_for(tmp_path: Path):
+    assert Contamination([benchmark(tmp_path, [{"q": "短い"}])]).check([FILLER, ""]) == [None, None]

@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import random
+import tracemalloc
 import unicodedata
 from collections.abc import Iterator
 from itertools import combinations
@@ -198,6 +199,65 @@ def test_what_stays_is_unlike(tmp_path: Path, texts: list[str]):
         staying = [text for document, text in enumerate(family) if (task, document) not in gone]
         alike += sum(similarity(one, other) >= 0.6 for one, other in combinations(staying, 2))
     assert alike == 0
+
+
+def chosen_slowly(folder: Path, shards: list[list[tuple[str, bool]]], min_similarity: float) -> dict[Place, Place]:
+    """The choice by its definition: the documents in their order, each beside those that it was compared with."""
+    compared: dict[tuple, dict[tuple, float]] = {}
+    for file in folder.glob("near/similar/*.npy"):
+        for later, earlier, value in np.load(file).tolist():
+            one, other = ((order >> 63, order >> 32 & 2**31 - 1, order & 2**32 - 1) for order in (later, earlier))
+            assert other < one
+            compared.setdefault(one, {})[other] = value
+    kept: dict[tuple, tuple] = {}
+    for one in sorted(compared):
+        others = sorted(compared[one].items(), key=lambda item: (-item[1], item[0]))
+        staying = {other: value for other, value in others if other not in kept}
+        if not any(value >= min_similarity for value in staying.values()):
+            behind = list(dict.fromkeys(kept[other] for other, _ in others if other in kept))
+            for other in [other for other in behind if other not in compared[one]][:8]:
+                staying[other] = similarity(shards[one[1]][one[2]][0], shards[other[1]][other[2]][0])
+        best = min(staying, key=lambda other: (-staying[other], other), default=None)
+        if best is not None and staying[best] >= min_similarity:
+            kept[one] = best
+    return {one[1:]: best[1:] for one, best in kept.items()}
+
+
+@pytest.mark.parametrize("groups", [3, 512])
+def test_the_choice_is_the_same_whatever_is_in_memory_at_a_time(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch, groups: int
+):
+    rng, chain = random.Random(1), [texts[:12]]
+    for number in range(24):  # each text a copy of one before, most of them unlike the first
+        chain.append(copies(rng.choice(chain), 0.07, seed=number))
+    rng.shuffle(chain)
+    shards = [[(content, rng.random() < 0.3) for content in shard] for shard in chain]
+    monkeypatch.setattr(dedup, "_GROUPS", groups)
+    gone = near(tmp_path, shards, 0.4)
+    assert gone == chosen_slowly(tmp_path, shards, 0.4)
+    before_training = sum(not shards[task][number][1] and shards[to][n][1] for (task, number), (to, n) in gone.items())
+    assert len(gone) > 100
+    assert before_training > 20
+
+
+def test_the_choice_needs_no_more_memory_for_more_groups(tmp_path: Path):
+    def peak(groups: int) -> int:
+        folder = tmp_path / str(groups)
+        (folder / "near" / "similar").mkdir(parents=True)
+        for group in range(groups):  # of each shard, 3,000 documents are like the first of all
+            similar = np.zeros(3000, dedup._SIMILAR)
+            similar["later"] = np.arange(1, 3001, dtype=np.uint64) + (2**63 + (group << 32))
+            similar["earlier"], similar["similarity"] = 2**63, 0.9
+            np.save(folder / "near" / "similar" / f"{group:05d}.npy", similar)
+        tracemalloc.start()
+        run(near_stages(folder, folder, folder / "near", ["near"] * groups, "text", 0.4)[-1])
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert all(len(read_removed(folder / "near" / "removed", task)) == 3000 for task in range(groups))
+        return most
+
+    peak(2)
+    assert peak(20) < 1.2 * peak(4)
 
 
 def test_layout_width_and_punctuation_do_not_count(tmp_path: Path, texts: list[str]):

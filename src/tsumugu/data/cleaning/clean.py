@@ -52,8 +52,16 @@ class Cleaner:
         )
         self._hojichar = _hojichar_filters(rules.hojichar) if active else []
 
-    def __call__(self, texts: Sequence[str]) -> list[Cleaned]:
-        """Cleans documents; as many come back, in the same order."""
+    def __call__(self, texts: Sequence[str], places: Sequence[str] | None = None) -> list[Cleaned]:
+        """Cleans documents; as many come back, in the same order.
+
+        Args:
+            texts: The documents.
+            places: Where each was read, for messages.
+
+        Raises:
+            UserError: A HojiChar filter fails.
+        """
         if not self._normalize:
             return [Cleaned(text, None) for text in texts]
         cleaned, dropped = [], []
@@ -68,7 +76,7 @@ class Cleaner:
                 values = found[key[4:]]
                 for index in np.flatnonzero(values < limit if key.startswith("min_") else values > limit).tolist():
                     dropped[kept[index]] = dropped[kept[index]] or key
-        if self._ng_words:
+        if self._ng_words and self._rules.max_ng_words < 1:  # of Japanese letters, words of others may cover more
             kept = [index for index, reason in enumerate(dropped) if reason is None]
             shares = self._ng_words([cleaned[index] for index in kept])
             for index, share in zip(kept, shares, strict=True):
@@ -79,7 +87,8 @@ class Cleaner:
         if self._hojichar:
             for index, reason in enumerate(dropped):
                 if reason is None:
-                    cleaned[index], dropped[index] = _apply_hojichar(self._hojichar, cleaned[index])
+                    place = places[index] if places else f"document {index + 1}"
+                    cleaned[index], dropped[index] = _apply_hojichar(self._hojichar, cleaned[index], place)
         return [Cleaned(text, reason) for text, reason in zip(cleaned, dropped, strict=True)]
 
 
@@ -207,12 +216,18 @@ def _hojichar_filters(items: list[dict[str, Any]]) -> list[tuple[str, Any]]:
     return filters
 
 
-def _apply_hojichar(filters: list[tuple[str, Any]], text: str) -> tuple[str, str | None]:
+def _apply_hojichar(filters: list[tuple[str, Any]], text: str, place: str) -> tuple[str, str | None]:
     from hojichar.core.models import Document  # pyright: ignore[reportMissingImports]
 
     document = Document(text)
     for name, one in filters:
-        document = one.apply(document)
+        try:
+            document = one.apply(document)
+        except Exception as error:  # whatever a filter raises about a text, or about its arguments only now
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise UserError(
+                f"{place}: HojiChar's {name} fails ({reason})", "check its arguments in clean.hojichar, or leave it out"
+            ) from None
         if document.is_rejected:
             return document.text, f"hojichar:{name}"
     return document.text, None

@@ -16,6 +16,7 @@ import numpy as np
 
 from tsumugu.data import corpus
 from tsumugu.data.comparison.shingles import letters, windows
+from tsumugu.errors import UserError
 
 _WIDE = 0x2E80  # first of the code points of kana, kanji and hangul
 _FORM_SHARE = 0.5
@@ -58,7 +59,7 @@ class Contamination:
         coverage: Of each file.
 
     Raises:
-        UserError: Files that cannot be read.
+        UserError: Files that cannot be read, or hold nothing.
     """
 
     def __init__(self, paths: list[str], length: int = 32):
@@ -67,6 +68,10 @@ class Contamination:
         self._reach = 2 * length
         self._files = corpus.find_files(paths)
         records = [(number, record.place, set(_strings(record.values))) for number, record in self._records()]
+        filled = {number for number, _, _ in records}
+        for number, file in enumerate(self._files):
+            if number not in filled:
+                raise UserError(f"{file}: holds no record to look for", "remove it from prepare.contamination")
         strings = [string for _, _, held in records for string in sorted(held)]
         record = np.repeat(np.arange(len(records)), [len(held) for _, _, held in records])
         file_of_record = np.array([number for number, _, _ in records], np.int64)

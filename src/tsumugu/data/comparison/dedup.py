@@ -12,8 +12,9 @@ document goes only if it was compared with one that stays and found that similar
     sketches/TTTTT.npy                        a byte of each hash of every document of shard T, to compare quickly
     collisions/BBBBB_00.dups                  datatrove's pairs of documents with equal signatures in bucket B
     candidates/BBBBB/GGGGG.bin                pairs to compare, of bucket B, the later document in group G
-    similar/GGGGG.npy                         pairs with their true similarity, the later document in group G
-    removed/00000.npy                         what is to be removed
+    similar/GGGGG.npy                         pairs with their true similarity, of those candidates, in order
+    chosen/UUUUU.npy                          what is to be removed of unit U, and for the sake of what
+    removed/UUUUU.npy                         the same, for `read_removed`
 """
 
 import bisect
@@ -62,6 +63,7 @@ _KEEPERS = 8  # further documents, behind those of its candidates that were remo
 _OPEN_SHARDS = 64
 _CACHE_BYTES = 128 * 2**20
 _TRAINING = 2**63
+_STAYS = 2**64 - 1  # in place of an order, and no order: so many documents there are never
 _TASK, _DOCUMENT = 2**31 - 1, 2**32 - 1
 _PAIR = np.dtype([("later", np.uint64), ("earlier", np.uint64)])
 _SIMILAR = np.dtype([("later", np.uint64), ("earlier", np.uint64), ("similarity", np.float64)])
@@ -176,8 +178,9 @@ def near_stages(
 
     Memory of a task, for a group of shards (one, or the 512th part of all): signatures, 1 kB for each of its documents;
     candidates, 100 kB for each group and 100 MB; comparison, 200 MB and 60 bytes for each pair of candidates (at most
-    384 for each document, in practice a few). Each of these needs 60 bytes more for each character of the longest
-    document. The choice, one task, takes 100 bytes for each similar pair of the whole corpus.
+    384 for each document, in practice a few); the choice, 200 MB and 100 to 300 bytes for each pair that was compared
+    (at most 32 for each document). Each of these needs 60 bytes more for each character of the longest document. So
+    2 GiB suffice for up to 500 million documents, a million in each group.
 
     Args:
         documents: Folder with a shard for each mode.
@@ -198,7 +201,7 @@ def near_stages(
         Stage("near-signatures", [_Signatures(documents, exact, output, modes, kind)], groups),
         Stage("near-candidates", [buckets, _Candidates(output, len(modes))], _BUCKETS),
         Stage("near-comparison", [_Compare(documents, output, kind, min_similarity)], groups),
-        Stage("near-choice", [_Choose(documents, output, groups, kind, min_similarity)], 1),
+        Stage("near-choice", [_Choose(documents, output, len(modes), kind, min_similarity)], 1),
     ]
 
 
@@ -370,7 +373,7 @@ class _Compare(PipelineStep):
             later, earlier = pairs[number].item()
             orders = sorted(shingles.order(place) for place in (later, earlier))
             similar[number] = (orders[1], orders[0], shingles.similarity(later, earlier))
-        _write(self.output / "similar" / f"{rank:05d}.npy", similar)
+        _write(self.output / "similar" / f"{rank:05d}.npy", similar[np.lexsort((similar["earlier"], similar["later"]))])
 
     def _closest(self, pairs: np.ndarray) -> np.ndarray:
         """Of each later document, the pairs that agree in the most hashes, and in enough to be similar at all.
@@ -404,39 +407,84 @@ class _Choose(PipelineStep):
 
     A document that is like removed ones only, or was paired with them, is compared with those that these were removed
     for: a copy of a copy, of which the original was no candidate, is found so.
+
+    Units are what the documents for validation, and then those for training, of each group of shards are; one at a time
+    is in memory. What was removed of earlier ones is looked up in their files.
     """
 
     type = "DEDUP"
     name = "choice"
 
-    def __init__(self, documents: Path, output: Path, groups: int, kind: Kind, min_similarity: float):
+    def __init__(self, documents: Path, output: Path, shards: int, kind: Kind, min_similarity: float):
         super().__init__()
         self.documents = documents
         self.output = output
-        self.groups = groups
+        self.shards = shards
         self.kind: Kind = kind
         self.min_similarity = min_similarity
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         shingles = _Shingles(self.documents, self.kind)
-        pairs = np.concatenate([np.load(self.output / "similar" / f"{group:05d}.npy") for group in range(self.groups)])
-        pairs = pairs[np.lexsort((pairs["earlier"], -pairs["similarity"], pairs["later"]))]
-        orders = np.unique(np.concatenate([pairs["later"], pairs["earlier"]]))
-        later, earlier = np.searchsorted(orders, pairs["later"]), np.searchsorted(orders, pairs["earlier"])
-        kept = np.full(len(orders), -1)  # what each document was removed for
-        similarities = np.zeros(len(orders))
-        for document, mine in _split(later, np.arange(len(later))):
-            others = dict(zip(earlier[mine].tolist(), pairs["similarity"][mine].tolist(), strict=True))
-            staying = {other: similarity for other, similarity in others.items() if kept[other] < 0}
-            behind = dict.fromkeys(int(kept[other]) for other in others if kept[other] >= 0)
+        starts = np.arange(0, self.shards, _shards_a_group(self.shards)).astype(np.uint64) << np.uint64(32)
+        starts = np.concatenate([starts, starts | np.uint64(_TRAINING)])  # the least order of each unit
+        files = [self.output / "similar" / f"{group:05d}.npy" for group in range(len(starts) // 2)]
+        bounds = [np.append(np.searchsorted(np.load(file)["later"], starts), len(_mapped(file))) for file in files]
+        for unit in range(len(starts)):
+            parts = [
+                _mapped(file)[bound[unit] : bound[unit + 1]]
+                for file, bound in zip(files, bounds, strict=True)
+                if bound[unit] < bound[unit + 1]
+            ]
+            pairs = np.concatenate([np.empty(0, _SIMILAR), *parts])
+            pairs = pairs[np.lexsort((pairs["earlier"], -pairs["similarity"], pairs["later"]))]
+            kept_before = self._kept(pairs["earlier"], starts[: unit + 1])
+            removed, kept, similarities = self._choose(pairs, kept_before, shingles)
+            _write(self.output / "chosen" / f"{unit:05d}.npy", np.array([removed, kept]))
+            _write(self.output / "removed" / f"{unit:05d}.npy", _as_removed(removed, kept, similarities))
+
+    def _kept(self, orders: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """What each document was removed for, _STAYS for those that were not, or are of the last unit."""
+        kept = np.full(len(orders), _STAYS, np.uint64)
+        by_order = np.argsort(orders, kind="stable")
+        units = np.searchsorted(starts, orders[by_order], "right") - 1
+        for unit, mine in _split(units, by_order):
+            if unit < len(starts) - 1:
+                removed, kept_of = _mapped(self.output / "chosen" / f"{unit:05d}.npy")
+                place = np.minimum(np.searchsorted(removed, orders[mine]), max(len(removed) - 1, 0))
+                found = removed[place] == orders[mine] if len(removed) else np.zeros(len(mine), bool)
+                kept[mine[found]] = kept_of[place[found]]
+        return kept
+
+    def _choose(
+        self, pairs: np.ndarray, kept_before: np.ndarray, shingles: "_Shingles"
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(what is removed of a unit, what for, their similarities), by order.
+
+        Args:
+            pairs: Those whose later document is in the unit, by it, the most similar first.
+            kept_before: What their earlier documents were removed for, of `_kept`.
+        """
+        gone: dict[int, tuple[int, float]] = {}
+        for document, mine in _split(pairs["later"], np.arange(len(pairs))):
+            others = pairs["earlier"][mine].tolist()
+            staying: dict[int, float] = {}
+            behind: dict[int, None] = {}
+            values = zip(others, pairs["similarity"][mine].tolist(), kept_before[mine].tolist(), strict=True)
+            for other, similarity, kept in values:
+                if other in gone:
+                    behind[gone[other][0]] = None
+                elif kept != _STAYS:
+                    behind[kept] = None
+                else:
+                    staying[other] = similarity
             if not any(similarity >= self.min_similarity for similarity in staying.values()):
                 for other in itertools.islice((other for other in behind if other not in others), _KEEPERS):
-                    staying[other] = shingles.similarity(*(int(orders[i]) & ~_TRAINING for i in (document, other)))
+                    staying[other] = shingles.similarity(document & ~_TRAINING, other & ~_TRAINING)
             best = max(staying, key=lambda other: (staying[other], -other), default=None)
             if best is not None and staying[best] >= self.min_similarity:
-                kept[document], similarities[document] = best, staying[best]
-        gone = np.flatnonzero(kept >= 0)
-        _write(self.output / "removed" / "00000.npy", _as_removed(orders[gone], orders[kept[gone]], similarities[gone]))
+                gone[document] = best, staying[best]
+        kept = np.array([kept for kept, _ in gone.values()], np.uint64)
+        return np.array(list(gone), np.uint64), kept, np.array([similarity for _, similarity in gone.values()])
 
 
 class _Shingles:
@@ -543,6 +591,10 @@ def _appearing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         shutil.rmtree(path)
     hidden.replace(path)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
 
 
 def _remove(path: Path) -> None:
