@@ -27,6 +27,7 @@ from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.model import build
 from tsumugu.tokenizer.contract import read_contract
+from tsumugu.training import checkpoint
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Trainer
 
@@ -255,12 +256,12 @@ def test_export_holds_one_file_and_never_the_model(
 ):
     """Every tensor that is loaded belongs to one group, and the model itself stays on the meta device."""
     loaded: list[int] = []
-    load, models = export_module.dcp.load, []
+    load, models = checkpoint.load, []
     monkeypatch.setattr(export_module, "MAX_FILE_BYTES", 40_000)
     monkeypatch.setattr(
-        export_module.dcp,
+        checkpoint,
         "load",
-        lambda state, **kwargs: (loaded.append(sum(t.nbytes for t in state["model"].values())), load(state, **kwargs)),
+        lambda state, path: (loaded.append(sum(t.nbytes for t in state["model"].values())), load(state, path)),
     )
     make = build.meta_model
     monkeypatch.setattr(build, "meta_model", lambda *arguments: models.append(make(*arguments)) or models[-1])

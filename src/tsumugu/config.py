@@ -483,13 +483,19 @@ class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
     every: int | None = None
-    """Steps between checkpoints; one is always written after the last step."""
+    """Steps between checkpoints; one is always written after the last step, and before the decay of a wsd schedule."""
     keep: int = 2
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay, at least 2: copying to an object store may upload and delete in any order."""
+    keep_every: int | None = None
+    """Checkpoints of every multiple of so many steps are written and stay for ever, as those before a decay do."""
+    asynchronous: bool = True
+    """Training goes on while a copy in host memory is written; false: it waits, which needs no memory for the copy."""
 
     def __post_init__(self):
         _require_positive("checkpoint.every", self.every)
-        _require_positive("checkpoint.keep", self.keep)
+        _require_positive("checkpoint.keep_every", self.keep_every)
+        if self.keep < 2:
+            raise UserError(f"checkpoint.keep is {self.keep}", "use 2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -89,7 +88,7 @@ def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
     """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
     state_dict = model.state_dict()
     names = [name for name in state_dict if name not in build.tied_names(model)]
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = checkpoint.read_metadata(path).state_dict_metadata
     differing = {f"model.{name}" for name in names} ^ {key for key in stored if key.startswith("model.")}
     if differing:
         raise UserError(
@@ -103,7 +102,7 @@ def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
         tensors = {name: torch.empty_like(state_dict[name], device="cpu") for name in group}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
-            dcp.load({"model": tensors}, checkpoint_id=path, no_dist=True)  # casts to each tensor's dtype
+            checkpoint.load({"model": tensors}, path)  # casts to each tensor's dtype
         for name, tensor in tensors.items():
             if tensor.dtype == torch.float16 and tensor.isinf().any():
                 raise UserError(f"{path}: {name} has values that float16 cannot hold", "use --dtype bfloat16")

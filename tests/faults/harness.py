@@ -50,7 +50,7 @@ KINDS = (
     "flipped bit afterwards",
 )
 INTERRUPTED, WRONG_INPUT = 3, 2
-SAVING = ("checkpoint.py",)  # the modules whose lines are moments of a save
+SAVING = ("checkpoint.py", "saving.py", "storages.py")  # the modules whose lines are moments of a save
 COUNT, LINES = "count lines", "lines"
 
 

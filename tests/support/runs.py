@@ -65,4 +65,5 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def figures(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
-    return [{key: line[key] for key in line if key not in TIMINGS} for line in read_metrics(run_dir)]
+    lines = [line for line in read_metrics(run_dir) if "checkpoint_seconds" not in line]
+    return [{key: line[key] for key in line if key not in TIMINGS} for line in lines]

@@ -16,7 +16,8 @@ from support.runs import StopAfter, figures, run_config, whole
 
 from tsumugu.distributed.environment import on_main, process_group
 from tsumugu.errors import UserError
-from tsumugu.training import checkpoint
+from tsumugu.training import checkpoint, saving
+from tsumugu.training.saving import Saver
 from tsumugu.training.trainer import Outcome, Trainer, train
 
 COMMON = {
@@ -110,10 +111,10 @@ def test_a_damaged_later_checkpoint_does_not_push_out_whole_ones(copy: Path, mad
     shutil.rmtree(checkpoint.folder(copy, 4))
     flip_a_byte(checkpoint.folder(copy, 6) / "__0_0.distcp")
     with process_group() as environment:
-        config = config_of(made, **{"checkpoint.every": 1, "checkpoint.keep": 1})
+        config = config_of(made, **{"checkpoint.every": 1, "checkpoint.keep": 2})
         Trainer(config, copy, environment).train(StopAfter(1))
     checkpoint.check(checkpoint.folder(copy, 3))
-    assert checkpoint.complete_steps(copy) == [3, 6]
+    assert checkpoint.complete_steps(copy) == [2, 3, 6]
 
 
 def test_folders_of_other_names_are_no_checkpoints_and_are_never_deleted(copy: Path, made: Path):
@@ -123,13 +124,13 @@ def test_folders_of_other_names_are_no_checkpoints_and_are_never_deleted(copy: P
     (copy / "checkpoints" / "step-00000004-half" / "COMPLETE").unlink()
     assert checkpoint.complete_steps(copy) == [2, 4, 6]
     shutil.rmtree(checkpoint.folder(copy, 6))
-    assert train(config_of(made, **{"checkpoint.keep": 1}), copy) == Outcome(6, 6)
-    assert {path.name for path in (copy / "checkpoints").iterdir()} == names | {"step-00000006"}
+    assert train(config_of(made, **{"checkpoint.keep": 2}), copy) == Outcome(6, 6)
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == names | {"step-00000004", "step-00000006"}
 
 
 def test_what_no_run_has_made_is_no_checkpoint(tmp_path: Path, made: Path):
     with process_group():
-        assert checkpoint.newest(tmp_path / "nowhere", report=print) is None
+        assert checkpoint.newest(tmp_path / "nowhere", dist.group.WORLD, report=print) is None
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         train(config_of(made, **{"model.config": None, "train.start_from": str(tmp_path)}), tmp_path / "run")
 
@@ -169,12 +170,12 @@ class Killed(BaseException):
 
 
 def run_lines(action: Callable[[], None], last: int | None = None) -> list[tuple[str, int]]:
-    """Runs `action`, killed after line number `last` of checkpoint.py's and shutil's; the places of the lines run."""
+    """Runs `action`, killed after line number `last` of the modules that save; the places of the lines run."""
     lines: list[tuple[str, int]] = []
 
     def trace(frame, event, _argument):
         file = frame.f_code.co_filename
-        if file not in (checkpoint.__file__, shutil.__file__):
+        if file not in (checkpoint.__file__, saving.__file__, shutil.__file__):
             return None
         if event == "line":
             if len(lines) == last:
@@ -186,8 +187,10 @@ def run_lines(action: Callable[[], None], last: int | None = None) -> list[tuple
     sys.settrace(trace)
     try:
         action()
-    except (Killed, OSError) as error:
-        if not isinstance(error.__context__ or error, Killed):  # shutil may close a file again on its way out
+    except Killed:
+        pass
+    except OSError:  # shutil may close a file again on its way out
+        if len(lines) != last:
             raise
     finally:
         sys.settrace(before)
@@ -195,32 +198,37 @@ def run_lines(action: Callable[[], None], last: int | None = None) -> list[tuple
 
 
 def test_a_kill_between_any_two_lines_leaves_a_whole_checkpoint(run: Path, made: Path, tmp_path: Path):
-    shutil.copytree(checkpoint.folder(run, 2), checkpoint.folder(tmp_path / "before", 2))
+    for step in (1, 2):
+        shutil.copytree(checkpoint.folder(run, 2), checkpoint.folder(tmp_path / "before", step))
     with process_group() as environment:
-        trainer = Trainer(config_of(made), run, environment)
+        config = config_of(made, **{"checkpoint.keep": 2, "checkpoint.asynchronous": False})
+        trainer = Trainer(config, run, environment)
 
-        def save_and_prune(run_dir: Path, step: int) -> None:
-            checkpoint.save(run_dir, step, trainer.model, trainer.optimizer, {"step": step})
-            checkpoint.prune(run_dir, step, keep=1)
+        def save(run_dir: Path, step: int) -> None:
+            saver = Saver(run_dir, trainer.group, config.checkpoint, keeps=lambda step: False)
+            saver.open()
+            saver.save(step, trainer.model, trainer.optimizer, {"step": step})
 
         def copy_to(name: str) -> Path:
             return Path(shutil.copytree(tmp_path / "before", tmp_path / name))
 
         whole_run = copy_to("not killed")
-        lines = run_lines(lambda: save_and_prune(whole_run, 3))
-        # of a line that is run many times, the first and the last
+        lines = run_lines(lambda: save(whole_run, 3))
+        # of a line that is run many times, the first and the last; of shutil's every third
         kills = [i for i, line in enumerate(lines) if line not in lines[:i] or line not in lines[i + 1 :]]
+        kills = [kill for kill in kills if lines[kill][0] != shutil.__file__ or kill % 3 == 0]
         assert len(kills) > 40
         found = []
         for kill in kills:
             run_dir = copy_to(str(kill))
-            assert len(run_lines(lambda run_dir=run_dir: save_and_prune(run_dir, 3), kill)) == kill
-            step = checkpoint.newest(run_dir, report=lambda line: None)
-            assert step is not None
-            assert checkpoint.read_state(run_dir, step)["step"] == step
-            found.append(step)
-            save_and_prune(run_dir, 4)
-            assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000004"], lines[kill]
+            assert len(run_lines(lambda run_dir=run_dir: save(run_dir, 3), kill)) == kill
+            newest = checkpoint.newest(run_dir, trainer.group, report=lambda line: None)
+            assert newest is not None
+            found.append(newest.step)
+            save(run_dir, 4)
+            names = {path.name for path in (run_dir / "checkpoints").iterdir()}
+            assert names == {f"step-{newest.step:08d}", "step-00000004"}, lines[kill]
+            shutil.rmtree(run_dir)
     assert found == sorted(found)
     assert set(found) == {2, 3}
 

@@ -231,4 +231,4 @@ def test_the_resolved_configuration_is_yaml_with_every_default(made: Path, tmp_p
     train(config_of(made), tmp_path)
     written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert written["optimizer"]["beta2"] == 0.95
-    assert written["checkpoint"] == {"every": None, "keep": 2}
+    assert written["checkpoint"] == {"every": None, "keep": 2, "keep_every": None, "asynchronous": True}

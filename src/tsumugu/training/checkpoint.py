@@ -1,169 +1,48 @@
-"""Checkpoints: a folder that holds everything, or does not exist.
+"""Checkpoints: a folder that holds everything, or does not exist. Here they are found, checked and loaded.
 
     checkpoints/step-00000100/
         .metadata, __*.distcp     weights, moments (torch.distributed.checkpoint, one file a process)
         state.json                step, counters, and what the run must not change
-        COMPLETE                  JSON list of every file with size and sha256, written last
+        COMPLETE                  JSON list of every file with size and sha256, written last (by `training.saving`)
 
-A checkpoint is valid when every listed file is there at its size; on loading also by its hash. DCP's `.metadata` is a
-pickle: load checkpoints only from those whom you would let run code.
+A checkpoint is valid when every listed file is there at its size; on loading also by its hash. Where every node has a
+disk of its own, each holds COMPLETE, .metadata, state.json and the files of its processes; a checkpoint is valid when
+every file is whole on one of them, and what a process needs is sent to it. DCP pickles its metadata and what is no
+tensor: they are read by unpicklers that build what DCP writes and refuse everything else.
 """
 
 import errno
+import io
 import json
-import os
+import pickle
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
 
 from tsumugu.data.store import sha256
-from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
 from tsumugu.model.build import rebuild_buffers, tied_names
+from tsumugu.training.storages import Group, find_sharing, flush, send_files, together
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
+METADATA = ".metadata"
 
 _NAME = re.compile(r"step-([0-9]{8,})")
+_NO_MARKER = "it has no COMPLETE marker"
 
-
-def save(run_dir: Path, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Writes the checkpoint of a step; every process calls it.
-
-    Args:
-        run_dir: The run folder.
-        step: Optimizer steps done.
-        model: The sharded model.
-        optimizer: Its optimizer.
-        state: What goes to state.json, equal on every process.
-    """
-    final = folder(run_dir, step)
-    temporary = final.with_name(f".{final.name}")
-    try:
-        on_main(lambda: _clear(temporary))
-        dcp.save(_state(model, optimizer), checkpoint_id=temporary)
-        on_main(lambda: _complete(temporary, final, state))
-    except (OSError, CheckpointException):
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not left full
-        raise
-
-
-def _clear(temporary: Path) -> None:
-    """Makes the empty folder, and deletes what killed saves and deletions have left."""
-    for path in temporary.parent.glob(".step-*"):
-        if _NAME.fullmatch(path.name.removeprefix(".")):
-            shutil.rmtree(path)
-    for _, path in _named(temporary.parent.parent):
-        if not (path / COMPLETE).exists():
-            shutil.rmtree(path)
-    temporary.mkdir(parents=True)
-
-
-def _complete(temporary: Path, final: Path, state: dict) -> None:
-    (temporary / STATE).write_text(json.dumps(state, ensure_ascii=False, indent=1), encoding="utf-8")
-    files = {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in temporary.iterdir()}
-    for file in [*temporary.iterdir(), temporary]:
-        _flush(file)
-    if final.exists():  # a damaged one, which was passed over
-        _delete(final)
-    temporary.rename(final)
-    marker = final / f".{COMPLETE}"
-    marker.write_text(json.dumps(files, indent=1), encoding="utf-8")
-    _flush(marker)
-    marker.rename(final / COMPLETE)
-    _flush(final)
-    _flush(final.parent)
-
-
-def prune(run_dir: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest `keep` complete checkpoints up to `step`, the one just saved (main process).
-
-    Later ones were passed over as damaged when the run resumed, and do not count.
-    """
-    for old in [saved for saved in complete_steps(run_dir) if saved <= step][:-keep]:
-        _delete(folder(run_dir, old))
-
-
-def _delete(path: Path) -> None:
-    (path / COMPLETE).unlink(missing_ok=True)  # first no longer a checkpoint, then no longer there
-    shutil.rmtree(path)
-
-
-def complete_steps(run_dir: Path) -> list[int]:
-    """Steps with a checkpoint whose files are all there at their sizes, oldest first."""
-    return [step for step, path in _named(run_dir) if _fault(path, hashes=False) is None]
-
-
-def _named(run_dir: Path) -> list[tuple[int, Path]]:
-    """Steps and folders whose names are those of checkpoints, oldest first; other names are somebody else's."""
-    matches = [(_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*")]
-    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
-
-
-def newest(run_dir: Path, report: Callable[[str], None]) -> int | None:
-    """The newest step whose files also have their hashes; every process calls it, and all get the same answer.
-
-    Args:
-        run_dir: The run folder.
-        report: Called with a line for every checkpoint that is damaged and passed over.
-
-    Raises:
-        UserError: There were checkpoints, and none of them is whole: starting over would write over the run.
-    """
-
-    def find() -> int | None:
-        damaged = False
-        for step, path in reversed(_named(run_dir)):
-            fault = _fault(path, hashes=True)
-            if fault is None:
-                return step
-            report(f"{path} is passed over: {fault}")
-            damaged = damaged or (path / COMPLETE).exists()
-        if damaged:
-            raise UserError(
-                f"every checkpoint of {run_dir} is damaged",
-                f"choose another --run-dir, or delete {run_dir / 'checkpoints'} to start this run over",
-            )
-        return None
-
-    return on_main(find)
-
-
-def read_state(run_dir: Path, step: int) -> dict:
-    """state.json of a checkpoint."""
-    return json.loads((folder(run_dir, step) / STATE).read_text(encoding="utf-8"))
-
-
-def weights(path: Path) -> Callable[[PreTrainedModel, list], None]:
-    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh."""
-
-    def fill(model: PreTrainedModel, mapping: list) -> None:
-        rebuild_buffers(model)
-        contents = {"model": _model_state(model)}
-        dcp.load(contents, checkpoint_id=path)
-        model.tie_weights()
-
-    return fill
-
-
-def load_optimizer(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimizer's state from a checkpoint, on any mesh."""
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    if not any(name.startswith("optimizer.") for name in stored):
-        return
-    contents: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(contents, checkpoint_id=path)
-    set_optimizer_state_dict(model, optimizer, contents["optimizer"])
+Files = dict[str, dict[str, Any]]
 
 
 def folder(run_dir: Path, step: int) -> Path:
@@ -171,65 +50,200 @@ def folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def named(run_dir: Path) -> list[tuple[int, Path]]:
+    """Steps and folders whose names are those of checkpoints, oldest first; other names are somebody else's."""
+    matches = [(_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in matches if match and path.is_dir())
+
+
+def is_name(name: str) -> bool:
+    """Whether a folder of that name is a checkpoint's."""
+    return _NAME.fullmatch(name) is not None
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """Steps with a checkpoint whose files are all in this folder at their sizes, oldest first."""
+    return _complete(_view(run_dir))
+
+
+def complete_steps_everywhere(run_dir: Path, group: Group, looks: bool = True) -> list[int]:
+    """Likewise with the files of all storages; every process calls it.
+
+    Args:
+        run_dir: The run folder, as this process sees it.
+        group: The processes.
+        looks: Whether this process looks: one of each storage is enough.
+    """
+    return _complete(*together(group, lambda: _view(run_dir) if looks else {}))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint whose every file was found whole.
+
+    Attributes:
+        path: Its folder, as this process sees it.
+        files: What COMPLETE lists.
+        holders: For every file the ranks, one a storage, that have found it whole.
+        storages: For every rank the lowest one that sees the same folder.
+        group: The processes.
+    """
+
+    path: Path
+    files: Files
+    holders: dict[str, list[int]]
+    storages: list[int]
+    group: Group
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        match = _NAME.fullmatch(self.path.name)
+        assert match
+        return int(match[1])
+
+    @property
+    def run_dir(self) -> Path:
+        return self.path.parents[1]
+
+    def state(self) -> dict:
+        """state.json."""
+        return json.loads((self.path / STATE).read_text(encoding="utf-8"))
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Brings the named files to this process's storage, where it lacks them; every process calls it."""
+        if len(set(self.storages)) == 1:
+            return
+        lacking = sorted(
+            {
+                (name, self.storages[rank])
+                for rank, wanted in enumerate(together(self.group, lambda: set(names)))
+                for name in wanted
+                if self.storages[rank] not in {self.storages[holder] for holder in self.holders[name]}
+            }
+        )
+        send_files(
+            self.path,
+            [(name, self.files[name]["size"], self.holders[name][0], storage) for name, storage in lacking],
+            self.group,
+        )
+        for name, storage in lacking:
+            self.holders[name].append(storage)
+
+
+def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole | None:
+    """The newest checkpoint whose files also have their hashes; every process calls it, and all find the same.
+
+    Args:
+        run_dir: The run folder, as this process sees it.
+        group: The processes; those that share a storage share the work.
+        report: Called on the main process with a line for every checkpoint that is damaged and passed over.
+
+    Raises:
+        UserError: There were checkpoints, and none of them is whole: starting over would write over the run.
+    """
+    damaged = False
+    everywhere = together(group, lambda: [path.name for _, path in named(run_dir)])
+    for step in sorted({int(name.removeprefix("step-")) for names in everywhere for name in names}, reverse=True):
+        path = folder(run_dir, step)
+        found = _verify(path, group)
+        if isinstance(found, Whole):
+            return found
+        if dist.get_rank(group) == 0:
+            report(f"{path} is passed over: {found}")
+        damaged = damaged or found != _NO_MARKER
+    if damaged:
+        raise UserError(
+            f"every checkpoint of {run_dir} is damaged",
+            f"choose another --run-dir, or delete {run_dir / 'checkpoints'} to start this run over",
+        )
+    return None
+
+
+def find(reference: str, group: Group) -> Whole:
+    """The checkpoint that RUN or RUN@STEP names; every process calls it.
+
+    Raises:
+        UserError: No such run or step, or a damaged one.
+    """
+    run_dir, wanted = _parse(reference)
+    path = folder(run_dir, _choose(run_dir, wanted, complete_steps_everywhere(run_dir, group)))
+    found = _verify(path, group)
+    if not isinstance(found, Whole):
+        raise UserError(f"{path} is damaged: {found}", "name another step, as RUN@STEP")
+    return found
+
+
 def resolve(reference: str) -> tuple[Path, int]:
-    """RUN or RUN@STEP as run folder and step (the newest complete one).
+    """RUN or RUN@STEP as run folder and step (the newest complete one), for one process.
 
     Raises:
         UserError: No such run or step.
     """
-    name, _, wanted = reference.rpartition("@") if "@" in Path(reference).name else (reference, "", "")
-    run_dir = Path(name)
-    steps = complete_steps(run_dir)
-    if not steps:
-        raise UserError(f"{name} holds no complete checkpoint", "give the folder of a run that has saved one")
-    if not wanted:
-        return run_dir, steps[-1]
-    if not wanted.isdigit() or int(wanted) not in steps:
-        raise UserError(f"{name} has no complete checkpoint of step {wanted}", f"it has: {', '.join(map(str, steps))}")
-    return run_dir, int(wanted)
+    run_dir, wanted = _parse(reference)
+    return run_dir, _choose(run_dir, wanted, complete_steps(run_dir))
 
 
 def check(path: Path) -> None:
     """Raises UserError where a checkpoint's files are not what was written (on one process: it reads them whole)."""
-    fault = _fault(path, hashes=True)
-    if fault:
+    files = _listed(path)
+    faults = [files] if isinstance(files, str) else _faults(path, files, list(files)).values()
+    for fault in filter(None, faults):
         raise UserError(f"{path} is damaged: {fault}", "name another step, as RUN@STEP")
 
 
-def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def read_state(run_dir: Path, step: int) -> dict:
+    """state.json of a checkpoint."""
+    return json.loads((folder(run_dir, step) / STATE).read_text(encoding="utf-8"))
+
+
+def contents(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The tensors that a checkpoint holds, and the names under which it holds them."""
     state: dict[str, Any] = {"model": _model_state(model)}
     if optimizer.state:  # before its first step it has none, and torch would take a step to make one
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state
 
 
-def _model_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    tied = tied_names(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+def load(tensors: dict[str, Any], source: Whole | Path) -> None:
+    """Fills tensors in place: on all processes together, or from a folder on this one alone, with its files there."""
+    whole = source if isinstance(source, Whole) else None
+    reader = _Reader(source.path if isinstance(source, Whole) else source, whole)
+    group = whole.group if whole else None
+    dcp.load(tensors, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=whole is None)
 
 
-def _fault(path: Path, hashes: bool) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return "it has no COMPLETE marker"
-    except ValueError:
-        files = None
-    if not isinstance(files, dict):
-        return "its COMPLETE marker is damaged"
-    for name, entry in files.items():
-        file = path / Path(name).name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["size"]:
-            return f"{name} has {file.stat().st_size} bytes, not {entry['size']}"
-        try:
-            if hashes and sha256(file) != entry["sha256"]:
-                return f"{name} has another sha256"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+def weights(source: Whole) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh."""
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        rebuild_buffers(model)
+        load({"model": _model_state(model)}, source)
+        model.tie_weights()
+
+    return fill
+
+
+def load_optimizer(source: Whole, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the moments from a checkpoint, on any mesh; the hyperparameters stay those that the optimizer has."""
+    if not any(name.startswith("optimizer.") for name in read_metadata(source.path).state_dict_metadata):
+        return
+    own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    tensors: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    load(tensors, source)
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+
+
+def read_metadata(path: Path) -> dcp_metadata.Metadata:
+    """DCP's description of a checkpoint.
+
+    Raises:
+        UserError: It holds anything but what DCP writes there: such a pickle could run any code.
+    """
+    with open(path / METADATA, "rb") as stream:
+        return _Unpickler(stream, path / METADATA).load()
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -245,9 +259,173 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def mark(path: Path, files: Files) -> None:
+    """Writes COMPLETE: from now on the folder is a checkpoint."""
+    marker = path / f".{COMPLETE}"
+    marker.write_text(json.dumps(files, indent=1), encoding="utf-8")
+    flush(marker)
+    marker.rename(path / COMPLETE)
+    flush(path)
+    flush(path.parent)
+
+
+def _parse(reference: str) -> tuple[Path, str]:
+    name, _, wanted = reference.rpartition("@") if "@" in Path(reference).name else (reference, "", "")
+    return Path(name), wanted
+
+
+def _choose(run_dir: Path, wanted: str, steps: list[int]) -> int:
+    if not steps:
+        raise UserError(f"{run_dir} holds no complete checkpoint", "give the folder of a run that has saved one")
+    if not wanted:
+        return steps[-1]
+    if not wanted.isdigit() or int(wanted) not in steps:
+        raise UserError(
+            f"{run_dir} has no complete checkpoint of step {wanted}", f"it has: {', '.join(map(str, steps))}"
+        )
+    return int(wanted)
+
+
+def _view(run_dir: Path) -> dict[int, tuple[Files | None, dict[str, int]]]:
+    """What one storage holds of every step: what COMPLETE lists, and the sizes of files."""
+    view = {}
+    for step, path in named(run_dir):
+        files = _listed(path)
+        sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
+        view[step] = None if isinstance(files, str) else files, sizes
+    return view
+
+
+def _complete(*views: dict[int, tuple[Files | None, dict[str, int]]]) -> list[int]:
+    """Steps that some COMPLETE lists and of which every listed file is on one of the storages at its size."""
+    complete = set()
+    for step in set().union(*views):
+        held = [view[step] for view in views if step in view]
+        for files, _ in held:
+            if files is not None and all(
+                any(sizes.get(name) == entry["size"] for _, sizes in held) for name, entry in files.items()
+            ):
+                complete.add(step)
+    return sorted(complete)
+
+
+def _verify(path: Path, group: Group) -> Whole | str:
+    """Reads a checkpoint through, each file once a storage: it, or what is wrong with it."""
+    rank, sharing = dist.get_rank(group), find_sharing(path, group)
+    listed = together(group, lambda: _listed(path))
+    markers = [files for index, files in enumerate(listed) if isinstance(files, dict) and files not in listed[:index]]
+    fault = next((fault for fault in listed if isinstance(fault, str) and fault != _NO_MARKER), _NO_MARKER)
+    for files in markers:  # several only where storages hold checkpoints of the same step of different runs
+        share: list[str] = []
+        if sharing[rank] is not None:
+            members = [other for other, shared in enumerate(sharing) if shared == sharing[rank]]
+            by_size = sorted(files, key=lambda name: -files[name]["size"])
+            share = by_size[members.index(rank) :: len(members)]
+        found = together(group, lambda files=files, share=share: _faults(path, files, share))
+        holders = {name: [r for r, faults in enumerate(found) if faults.get(name, "") is None] for name in files}
+        lost = [name for name in files if not holders[name]]
+        if not lost:
+            return _adopt(path, files, holders, group)
+        missing = f"{lost[0]} is missing"
+        reasons = [reason for faults in found if (reason := faults.get(lost[0]))]
+        fault = next((reason for reason in reasons if reason != missing), missing)
+        if len(set(sharing)) > 1:
+            fault += ", on every storage: start on the nodes that have it, or copy it there"
+    return fault
+
+
+def _adopt(path: Path, files: Files, holders: dict[str, list[int]], group: Group) -> Whole:
+    """Gives a storage that lacks them the folder, its marker and what every process reads."""
+    together(group, lambda: path.mkdir(parents=True, exist_ok=True))
+    storages = [storage for storage in find_sharing(path, group) if storage is not None]
+    whole = Whole(path, files, holders, storages, group)
+    whole.fetch([METADATA, STATE])
+    rank = dist.get_rank(group)
+    together(group, lambda: mark(path, files) if storages[rank] == rank and _listed(path) != files else None)
+    return whole
+
+
+def _listed(path: Path) -> Files | str:
+    """What COMPLETE lists, or what is wrong with it."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return _NO_MARKER
+    except ValueError:
+        files = None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        return "its COMPLETE marker is damaged"
+    return files
+
+
+def _faults(path: Path, files: Files, names: Iterable[str]) -> dict[str, str | None]:
+    """What is wrong with every named file, or None."""
+    return {name: _fault(path / name, files[name]) for name in names}
+
+
+def _fault(file: Path, entry: dict[str, Any]) -> str | None:
+    if not file.is_file():
+        return f"{file.name} is missing"
+    size = file.stat().st_size
+    if size != entry["size"]:
+        return f"{file.name} has {size} bytes, not {entry['size']}"
+    try:
+        if sha256(file) != entry["sha256"]:
+            return f"{file.name} has another sha256"
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
+    return None
+
+
+def _model_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    tied = tied_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds the classes that DCP's metadata consists of, and torch's dtypes; refuses every other name."""
+
+    _NAMES = (
+        *(("torch.distributed.checkpoint.metadata", name) for name in dcp_metadata.__all__),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    )
+
+    def __init__(self, stream: io.BufferedReader, file: Path):
+        super().__init__(stream)
+        self._file = file
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._NAMES or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise UserError(
+            f"{self._file} holds {module}.{name}, which no checkpoint needs: it may be made to run code",
+            "use checkpoints that tsumugu has written",
+        )
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """What is no tensor: torch reads it with plain pickle, hence it is read here first, with its safe unpickler."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+class _Reader(dcp.FileSystemReader):
+    """DCP's reader, for files that may be on other storages."""
+
+    def __init__(self, path: Path, whole: Whole | None):
+        super().__init__(path)
+        self._folder, self._whole = path, whole
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp_metadata.Metadata:
+        return read_metadata(self._folder)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        if self._whole:
+            self._whole.fetch({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        return super().read_data(plan, planner)

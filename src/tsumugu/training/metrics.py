@@ -59,6 +59,8 @@ class Metrics:
             self._board.close()
 
     def _show(self, line: dict) -> None:
+        if "checkpoint_seconds" in line:
+            return
         if "validation_loss" in line:
             shown = ("validation_loss", "validation_bits_per_byte")
         else:

@@ -38,8 +38,10 @@ from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
 from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
-from tsumugu.training.schedule import check_schedule, learning_rate
+from tsumugu.training.saving import Saver
+from tsumugu.training.schedule import check_schedule, decay_steps, learning_rate
 from tsumugu.training.signals import StopRequest, stop_requests
+from tsumugu.training.storages import new_group, together
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -89,14 +91,14 @@ class Trainer:
         self.max_steps = data.steps
         check_schedule(self.max_steps, config.schedule)
 
-        resumed_step = checkpoint.newest(run_dir, report=lambda line: print(line, flush=True))
-        resumed = resumed_step is not None
-        saved = checkpoint.folder(run_dir, resumed_step) if resumed else on_main(lambda: _start_from(config))
-        self.model_config = _model_config(config, contract, environment, saved, resumed)
+        self.group = new_group()
+        resumed = checkpoint.newest(run_dir, self.group, report=lambda line: print(line, flush=True))
+        saved = resumed or (checkpoint.find(config.train.start_from, self.group) if config.train.start_from else None)
+        self.model_config = _model_config(config, contract, environment, saved, resumed is not None)
         dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
         self.identity = _identity(config, data, self.model_config, dtype)
 
-        state = checkpoint.read_state(run_dir, resumed_step) if resumed else {}
+        state = resumed.state() if resumed else {}
         if resumed:
             _check_identity(state["identity"], self.identity, run_dir)
         compute_dtype = _DTYPES[dtype]
@@ -107,13 +109,14 @@ class Trainer:
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resumed:
-            checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
+            checkpoint.load_optimizer(resumed, self.model, self.optimizer)
         self._take_over(state)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
         self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
+        self.saver = Saver(run_dir, self.group, config.checkpoint, self._keeps)
 
     @property
     def mixed(self) -> bool:
@@ -151,11 +154,15 @@ class Trainer:
         """Takes the steps that are left; ends early, with a checkpoint, once any process is asked to stop."""
         if self.step == self.max_steps:
             return Outcome(self.step, self.max_steps, already_done=True)
-        on_main(self._open_run_folder)
+        self._open_run_folder()
         try:
             self._take_steps(request)
+            self.saver.wait()
+            self._note_saved()
             self._say_mixture()
         finally:
+            with contextlib.suppress(Exception):  # what has ended the run is raised; what is being written is finished
+                self.saver.wait()
             if self.metrics:
                 self.metrics.close()
         return Outcome(self.step, self.max_steps, interrupted=self.step < self.max_steps)
@@ -168,7 +175,7 @@ class Trainer:
             step, last = self.step + 1, self.step + 1 == self.max_steps
             log_due = step == 1 or _due(step, self.config.train.log_every) or last
             evaluation_due = _due(step, self.config.evaluate.every) or last
-            checkpoint_due = _due(step, self.config.checkpoint.every) or last
+            checkpoint_due = _due(step, self.config.checkpoint.every) or self._keeps(step) or last
             with interval.timed():
                 launched = self.train_step(request)
                 stands = previous is None or self._settle(previous)  # while the device is busy with the next one
@@ -182,6 +189,8 @@ class Trainer:
                 interval, previous, saved = _Interval(), None, self.step
                 continue
             if launched is None:
+                if self.saver.failed:
+                    self.saver.wait()
                 if saved != self.step:
                     self.save()
                 break
@@ -189,6 +198,7 @@ class Trainer:
             if log_due:
                 self._log(launched.figures(), interval)
                 interval = _Interval()
+            self._note_saved()
             if self.metrics:
                 self.metrics.advance()
             if evaluation_due:
@@ -208,7 +218,7 @@ class Trainer:
         batches, stores = training_batches(self.data.train_rows, self.data.mixture, self.step, self.share)
         data_seconds = time.perf_counter() - started
         counts = [
-            int(self._must_stop(request)),
+            int(self._must_stop(request) or self.saver.failed),
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
             sum(sum(batch.lengths) for batch in batches),
             sum(length**2 for batch in batches for length in batch.lengths),
@@ -267,7 +277,8 @@ class Trainer:
         if train.stop_after is not None and self.step >= train.stop_after:
             return True
         if train.max_hours is not None:
-            reserve = 2 * self.step_seconds + 1.5 * self.save_seconds
+            saves = 1.5 * self.save_seconds * (2 if self.saver.running else 1)
+            reserve = 2 * self.step_seconds + saves
             if time.monotonic() - self.started + reserve > train.max_hours * 3600:
                 return True
         return bool(request)
@@ -297,13 +308,19 @@ class Trainer:
                 "lower optimizer.learning_rate or lengthen schedule.warmup_steps, or look at those rows; "
                 f"{self.run_dir} resumes from its newest checkpoint",
             )
-        back_to = checkpoint.complete_steps(self.run_dir)[-1:] if spike and guard.spike == "rewind" else []
+        back_to = self._newest() if spike and guard.spike == "rewind" else None
         if self.metrics:
-            then = f"back to step {back_to[0]}, to pass over this step and the one before" if back_to else "skipped"
+            then = f"back to step {back_to.step}, to pass over this step and the one before" if back_to else "skipped"
             self.metrics.say(f"{message}: {then}")
-        for step in back_to:
-            self._rewind(step, launched.step)
-        return not back_to
+        if back_to:
+            self._rewind(back_to, launched.step)
+        return back_to is None
+
+    def _newest(self) -> checkpoint.Whole | None:
+        """The newest checkpoint, once the one that is being written is complete."""
+        self.saver.wait()
+        self._note_saved()
+        return checkpoint.newest(self.run_dir, self.group, report=lambda line: print(line, flush=True))
 
     def _whence(self, step: int, own_loss: float) -> str:
         """The ranks whose loss is not finite (or all, where each is), and the rows of the step that they read."""
@@ -317,13 +334,12 @@ class Trainer:
             f"rank {rank}, rows {' '.join(everywhere[rank][1])}" for rank in faulty or range(len(everywhere))
         )
 
-    def _rewind(self, back_to: int, spiked: int) -> None:
+    def _rewind(self, back_to: checkpoint.Whole, spiked: int) -> None:
         """Goes back to a checkpoint, and will pass over the rows of the step that spiked and of the one before it."""
-        passed_over = self.passed_over | {spiked - 1, max(back_to, spiked - 2)}
-        path = checkpoint.folder(self.run_dir, back_to)
-        checkpoint.weights(path)(self.model, [])
-        checkpoint.load_optimizer(path, self.model, self.optimizer)
-        self._take_over(checkpoint.read_state(self.run_dir, back_to))
+        passed_over = self.passed_over | {spiked - 1, max(back_to.step, spiked - 2)}
+        checkpoint.weights(back_to)(self.model, [])
+        checkpoint.load_optimizer(back_to, self.model, self.optimizer)
+        self._take_over(back_to.state())
         self.passed_over |= passed_over
         if self.metrics:
             self.metrics.close()
@@ -354,25 +370,45 @@ class Trainer:
         return figures
 
     def save(self) -> None:
-        """Writes a checkpoint of the steps done, and deletes the oldest ones."""
-        started = time.monotonic()
+        """Writes a checkpoint of the steps done, while training goes on."""
         state = self._state() | {
             "template": self.data.stores[0].manifest["template"],
             "add_bos": self.data.stores[0].manifest["add_bos"],
             "identity": self.identity,
         }
-        checkpoint.save(self.run_dir, self.step, self.model, self.optimizer, state)
-        on_main(lambda: checkpoint.prune(self.run_dir, self.step, self.config.checkpoint.keep))
+        self.saver.save(self.step, self.model, self.optimizer, state)
         on_main(self._write_mixture)
-        self.save_seconds = time.monotonic() - started
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Writes down what has become complete, once it has."""
+        for saved in self.saver.completed():
+            self.save_seconds = saved.seconds
+            if self.metrics:
+                times = {"checkpoint_stall_seconds": saved.stall_seconds, "checkpoint_seconds": saved.seconds}
+                self.metrics.write({"step": saved.step, **times})
+
+    def _keeps(self, step: int) -> bool:
+        """Whether the checkpoint of a step is written and kept for ever: a run is extended from before its decay."""
+        schedule = self.config.schedule
+        decays = schedule.kind == "wsd" and step == self.max_steps - decay_steps(self.max_steps, schedule)
+        return decays or _due(step, self.config.checkpoint.keep_every)
 
     def _open_run_folder(self) -> None:
-        if self.step == 0:
+        """Makes the run folder on every storage, with what a checkpoint needs beside it; figures go to the main one."""
+        self.saver.open()
+
+        def write_origin() -> None:
             _write_origin(self.run_dir, self.model_config, self.data.stores[0])
-        configuration.write(self.config, self.run_dir / "config.yaml")
-        self._open_metrics()
-        self._write_mixture()
-        self._say_mixture()
+            configuration.write(self.config, self.run_dir / "config.yaml")
+
+        def open_figures() -> None:
+            self._open_metrics()
+            self._write_mixture()
+            self._say_mixture()
+
+        together(self.group, lambda: write_origin() if self.saver.leads else None)
+        on_main(open_figures)
 
     def _open_metrics(self) -> None:
         self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
@@ -600,17 +636,12 @@ def _length(config: TrainingRun, rows: int) -> tuple[int, int]:
     return steps, steps * batch
 
 
-def _start_from(config: TrainingRun) -> Path | None:
-    """The checkpoint that train.start_from names, read through once (main process)."""
-    if config.train.start_from is None:
-        return None
-    path = checkpoint.folder(*checkpoint.resolve(config.train.start_from))
-    checkpoint.check(path)
-    return path
-
-
 def _model_config(
-    config: TrainingRun, contract: Contract, environment: Environment, saved: Path | None, resumed: bool
+    config: TrainingRun,
+    contract: Contract,
+    environment: Environment,
+    saved: checkpoint.Whole | None,
+    resumed: bool,
 ) -> PretrainedConfig:
     """The configuration of the model, checked against tokenizer and sequence length.
 
@@ -625,10 +656,11 @@ def _model_config(
         result = build.read_config(model.config)
         build.take_special_ids(result, contract)
     elif saved is not None:  # of a run that resumes: what it started from need not exist any more
-        run_dir = saved.parents[1]
-        result = build.read_config(str(run_dir / "model"))
+        run_dir = saved.run_dir
+        result = on_main(lambda: build.read_config(str(run_dir / "model")))  # a storage that is new has none yet
         if not resumed:
-            _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", str(config.train.start_from))
+            name = str(config.train.start_from)
+            on_main(lambda: _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", name))
     else:
         assert model.pretrained is not None
         name = model.pretrained
@@ -727,6 +759,7 @@ def _check_identity(saved: dict, identity: dict, run_dir: Path) -> None:
 
 def _write_origin(run_dir: Path, model_config: PretrainedConfig, store: Store) -> None:
     """What every checkpoint of the run needs beside it; written once, since a run may be killed while it resumes."""
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if any((run_dir / "checkpoints").glob("*")) and (run_dir / "model").exists():
+        return
     model_config.save_pretrained(run_dir / "model")
     copy_tokenizer(store.path / "tokenizer", run_dir / "tokenizer")
