@@ -386,7 +386,9 @@ class TrainConfig:
     seed: int = 1234
     """Seed of the initial weights, of the order of the data and of dropout."""
     start_from: str | None = None
-    """RUN or RUN@STEP: start from the weights of that run's newest (or that) checkpoint, with a new optimizer."""
+    """RUN or RUN@STEP: start from that run's newest (or that) checkpoint, as train.start_state says."""
+    start_state: Literal["weights", "full"] = "weights"
+    """weights: a new run with a new optimizer. full: go on at that step, with another length, schedule or mixture."""
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """Compute dtype; default: bfloat16 on GPUs, float32 on CPUs. Masters and moments are float32 (float64: tests)."""
     max_hours: float | None = None
@@ -409,6 +411,8 @@ class TrainConfig:
             )
         for name in (*given, "global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after"):
             _require_positive(f"train.{name}", getattr(self, name))
+        if self.start_state == "full" and self.start_from is None:
+            raise UserError("train.start_state is full without train.start_from", "set train.start_from to RUN@STEP")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"train.seed is {self.seed}", "use an integer from 0 to 2^63 - 1")
 

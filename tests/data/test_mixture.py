@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tsumugu.config import DataConfig, MixedStore, Stage
-from tsumugu.data.mixture import BLOCK, Mixture, mix, report, table
+from tsumugu.data.mixture import BLOCK, Mixture, Past, mix, report, table
 from tsumugu.data.sampler import row_at
 from tsumugu.errors import UserError
 
@@ -287,3 +287,26 @@ def test_plan_and_what_was_seen_as_json_and_as_a_table():
     assert lines[2].endswith("cut by max_epochs")
     assert len({len(line) for line in lines[:2]}) == 1
     assert Counter(itertools.chain(*(line.split() for line in lines)))["80.000%"] == 1
+
+
+def test_rows_used_before_a_position_are_those_that_stand_before_it():
+    stages = [(7, {"a": 1, "b": 4})]
+    for past in (None, Past(position=30, uses=(11, 17), seeds=(None, 3))):
+        mixture = mix(data_of({"a": {"weight": 2}, "b": {"weight": 1}}, *stages), [100, 60], 203, 10, 1, past)
+        begin, used = (past.position, past.uses) if past else (0, (0, 0))
+        stores, _ = mixture.at(np.arange(begin, 203))
+        for position in (begin, begin + 1, 64, 70, 71, 133, 134, 198, 203, 210):
+            counted = np.bincount(stores[: position - begin], minlength=2) + used
+            assert mixture.uses_before(position) == counted.tolist()
+
+
+def test_budgets_and_limits_count_what_was_read_before():
+    """Of the 80 rows of b 30 were read, of the 12 that a may give 5; the rest goes to c."""
+    data = data_of({"a": {"weight": 9, "max_epochs": 3}, "b": {"tokens": 80 * LENGTH}, "c": {"weight": 1}})
+    mixture = mix(data, [4, 500, 500], 200, 10, 1, Past(position=50, uses=(5, 30, 15), seeds=(None,) * 3))
+    assert mixture.planned == [12, 80, 15 + 150 - 50 - 7]
+    stores, rows = mixture.at(np.arange(50, 200))
+    assert np.bincount(stores).tolist() == [7, 50, 93]
+    whole_epochs = mix(data, [4, 500, 500], 200, 10, 1).at(np.arange(200))
+    read = whole_epochs[1][whole_epochs[0] == 0]
+    assert rows[stores == 0].tolist() == read[5:12].tolist()

@@ -23,6 +23,24 @@ BLOCK = 64  # positions whose stores are shuffled among themselves: no rank gets
 
 
 @dataclass(frozen=True)
+class Past:
+    """What an earlier run has read, where this run goes on from it.
+
+    Each store goes on in its own order where it was, so that no row comes twice before its epoch is over. In which turn
+    several stores are read is planned anew over what remains: it depends on the length and the weights of a run.
+
+    Attributes:
+        position: Rows that its steps had room for.
+        uses: Rows read of every store of this run.
+        seeds: The seed of the store's order there; None for a store that it did not read.
+    """
+
+    position: int
+    uses: tuple[int, ...]
+    seeds: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The plan of a run: rows of every store in every stage.
 
@@ -46,8 +64,8 @@ class Mixture:
 
     @property
     def total(self) -> int:
-        """Rows of the run."""
-        return sum(map(sum, self.counts))
+        """Rows of the run, and of the one from which it goes on."""
+        return self.starts[-1] + sum(self.counts[-1])
 
     @property
     def planned(self) -> list[int]:
@@ -64,11 +82,28 @@ class Mixture:
             stores[here], uses[here] = self._in_stage(stage, positions[here] - self.starts[stage])
         return stores, row_at(uses, np.array(self.rows)[stores], np.array(self.seeds)[stores])
 
+    def uses_before(self, position: int) -> list[int]:
+        """How many rows of every store stand before a position."""
+        position = min(position, self.total)
+        stage = int(np.searchsorted(self.starts, position, side="right")) - 1
+        counts, inside = self.counts[stage], position - self.starts[stage]
+        uses = np.array([sum(earlier) for earlier in zip(*self.counts[:stage], strict=True)] or [0] * len(self.names))
+        read = self._read_in(stage)
+        block_start = inside // BLOCK * BLOCK
+        uses[read] += _divide(np.array([block_start]), [counts[i] for i in read])[:, 0]
+        chosen, _ = self._in_stage(stage, np.arange(block_start, inside))
+        return (uses + np.bincount(chosen, minlength=len(uses))).tolist()
+
+    def _read_in(self, stage: int) -> list[int]:
+        """Stores of which the stage takes rows, in descending order of how many."""
+        counts = self.counts[stage]
+        return sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-counts[i], self.names[i]))
+
     def _in_stage(self, stage: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Stores at positions counted from the start of the stage, and how often each was used before in the run."""
         counts = self.counts[stage]
         length = sum(counts)
-        read = sorted((i for i, count in enumerate(counts) if count), key=lambda i: (-counts[i], self.names[i]))
+        read = self._read_in(stage)
         used = np.array([sum(earlier[i] for earlier in self.counts[:stage]) for i in read])
         if len(read) == 1:
             return np.full_like(positions, read[0]), used[0] + positions
@@ -92,7 +127,7 @@ class Mixture:
         return np.array(read)[store], uses
 
 
-def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int) -> Mixture:
+def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int, past: Past | None = None) -> Mixture:
     """The plan of a run.
 
     A store with `tokens` has that many rows, spread evenly over the run; the rest of every stage is divided by weight.
@@ -106,6 +141,7 @@ def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int
         total: Rows of the run.
         batch: Rows a step.
         seed: train.seed; a store that is alone has the order of that seed, others one of seed and name.
+        past: What the run goes on from; `total`, budgets, max_epochs and stages count it in.
 
     Raises:
         UserError: Stages, budgets or max_epochs that do not fit the run.
@@ -118,18 +154,24 @@ def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int
                 f"data.stages[{index}].from_step is {stage.from_step}, the run has {steps} steps",
                 "lower it, or remove the stage",
             )
+    none = Past(0, (0,) * len(names), (None,) * len(names))
+    begin, used = (past or none).position, (past or none).uses
     limits = [
         None if entry.max_epochs is None else int(round(entry.max_epochs * available, 6))
         for entry, available in zip(entries, rows, strict=True)
     ]
-    budgets = _budgets(data, limits, steps, batch)
+    budgets = _budgets(data, limits, steps, batch, past or none)
+    limits = [None if limit is None else max(0, limit - n) for limit, n in zip(limits, used, strict=True)]
     weights = [[entry.weight or 0 for entry in entries]]
     weights += [[stage.weights.get(name, 0) for name in names] for stage in data.stages]
     if all(entry.tokens for entry in entries):
-        total, weights, budgets = min(total, sum(budgets)), [budgets], [0] * len(entries)
+        total, weights, budgets = min(total, begin + sum(budgets)), [budgets], [0] * len(entries)
+    stage_starts = [0, *(stage.from_step * batch for stage in data.stages)]
+    over = sum(start <= begin for start in stage_starts) - 1  # stages that are over when the run begins
+    weights, stage_starts = weights[over:], [begin, *stage_starts[over + 1 :]]
 
     def starts_of(run: int) -> list[int]:
-        return [start for start in (0, *(stage.from_step * batch for stage in data.stages)) if start < run]
+        return [start for start in stage_starts if start < run]
 
     def plan_of(run: int) -> tuple[list[list[int]], set[int]] | None:
         starts = starts_of(run)
@@ -137,20 +179,22 @@ def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int
         return plan(lengths, weights[: len(lengths)], budgets, limits)
 
     if (found := plan_of(total)) is None:
-        possible = _last_true(lambda step: plan_of(step * batch) is not None, -(-sum(budgets) // batch), steps)
+        least = (begin + sum(budgets)) // batch
+        possible = _last_true(lambda step: plan_of(step * batch) is not None, least, steps)
         limited = ", ".join(f"{entry.name}: {entry.max_epochs:g}" for entry in entries if entry.max_epochs is not None)
         raise UserError(
             f"max_epochs of data.stores ({limited}) leaves rows for {possible} steps, the run has {steps}",
             "raise it, give other stores a weight in every stage, or shorten the run",
         )
     counts, cut = found
+    seeds = tuple(seed if len(names) == 1 else _seed_of(f"{seed} {name}") for name in names)
     return Mixture(
         names=names,
         rows=tuple(rows),
-        seeds=tuple(seed if len(names) == 1 else _seed_of(f"{seed} {name}") for name in names),
+        seeds=tuple(own if old is None else old for own, old in zip(seeds, (past or none).seeds, strict=True)),
         seed=_seed_of(str(seed)),
-        starts=tuple(starts_of(total)),
-        counts=tuple(map(tuple, counts)),
+        starts=((0,) if past else ()) + tuple(starts_of(total)),
+        counts=((tuple(used),) if past else ()) + tuple(map(tuple, counts)),
         cut=frozenset(names[store] for store in cut),
     )
 
@@ -176,7 +220,7 @@ def report(mixture: Mixture, rows: Sequence[int], tokens: Sequence[int]) -> dict
     stages = [
         {
             "from_row": start,
-            "planned_shares": dict(zip(mixture.names, (count / sum(counts) for count in counts), strict=True)),
+            "planned_shares": dict(zip(mixture.names, (count / max(1, sum(counts)) for count in counts), strict=True)),
         }
         for start, counts in zip(mixture.starts, mixture.counts, strict=True)
     ]
@@ -258,8 +302,8 @@ def plan(
     return counts, cut
 
 
-def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: int) -> list[int]:
-    """Rows of every store that has a token budget, else 0, after checking that they fit the run."""
+def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: int, past: Past) -> list[int]:
+    """Rows left of every store that has a token budget, else 0, after checking that they fit the run."""
     entries, length = data.entries, data.sequence_length
     for index, (entry, limit) in enumerate(zip(entries, limits, strict=True)):
         if entry.tokens is not None and limit is not None and entry.tokens > limit * length:
@@ -268,7 +312,8 @@ def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: 
                 f"allows {limit * length}",
                 "lower tokens, or raise max_epochs",
             )
-    asked, step = sum(entry.tokens or 0 for entry in entries), batch * length
+    left = [max(0, (entry.tokens or 0) - used * length) for entry, used in zip(entries, past.uses, strict=True)]
+    asked, step = past.position * length + sum(left), batch * length
     if all(entry.tokens for entry in entries):
         if -(-asked // step) != steps:
             raise UserError(
@@ -280,7 +325,7 @@ def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: 
             f"the tokens of data.stores are {asked} in all, the run has {steps * step} and leaves none to the weights",
             "lower them, or lengthen the run",
         )
-    return [-(-(entry.tokens or 0) // length) for entry in entries]
+    return [-(-tokens // length) for tokens in left]
 
 
 def _last_true(holds: Callable[[int], bool], low: int, high: int) -> int:

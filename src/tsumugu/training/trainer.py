@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
-from tsumugu.config import TrainingRun
+from tsumugu.config import ScheduleConfig, TrainingRun
 from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
-from tsumugu.data.mixture import Mixture, mix, report, table
+from tsumugu.data.mixture import Mixture, Past, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
 from tsumugu.data.store import Store, open_store
 from tsumugu.distributed.environment import Environment, on_main, process_group
@@ -80,15 +81,15 @@ class Trainer:
         self.started = time.monotonic()
         self.config, self.run_dir, self.environment = config, run_dir, environment
         self.device = environment.device
-        self.data = data = _open_data(config)
-        contract = data.contract
+        opened = _open_stores(config)
+        contract = opened.contract
         self.share = Share(
             rank=environment.rank,
             world_size=environment.world_size,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
         )
-        self.max_steps = data.steps
+        self.max_steps = opened.steps
         check_schedule(self.max_steps, config.schedule)
 
         self.group = new_group()
@@ -96,11 +97,17 @@ class Trainer:
         saved = resumed or (checkpoint.find(config.train.start_from, self.group) if config.train.start_from else None)
         self.model_config = _model_config(config, contract, environment, saved, resumed is not None)
         dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
-        self.identity = _identity(config, data, self.model_config, dtype)
-
+        branched = saved if saved and not resumed and config.train.start_state == "full" else None
         state = resumed.state() if resumed else {}
+        if branched:
+            _check_branch(branched.state(), _identity(config, opened, opened.total_rows, self.model_config, dtype))
+            state = _branched(branched.state(), opened)
+        self.past = Past(**state["past"]) if state.get("past") else None
+        self.data = data = _Data(**vars(opened), mixture=_mixture(config, opened, self.past))
+        self.identity = _identity(config, data, data.mixture.total, self.model_config, dtype)
         if resumed:
-            _check_identity(state["identity"], self.identity, run_dir)
+            _check_identity(state, self.identity, resumed)
+        self.resumed = resumed is not None
         compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         fill = checkpoint.weights(saved) if saved else _starting_weights(config)
@@ -108,8 +115,8 @@ class Trainer:
         self.model = build.build_model(self.model_config, mesh, self.device, master_dtype, compute_dtype, fill)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        if resumed:
-            checkpoint.load_optimizer(resumed, self.model, self.optimizer)
+        if moments := resumed or branched:
+            checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
@@ -138,7 +145,7 @@ class Trainer:
         return counters | ({"loss_scale": self.loss_scale.state()} if self.loss_scale else {})
 
     def _take_over(self, state: dict) -> None:
-        """Goes on from the `_state()` of a checkpoint, or starts with an empty one."""
+        """Goes on from the state of a checkpoint, or starts with an empty one."""
         none = [0] * len(self.data.stores)
         self.step, self.tokens_seen = state.get("step", 0), state.get("tokens_seen", 0)
         self.supervised_tokens_seen = state.get("supervised_tokens_seen", 0)
@@ -170,7 +177,7 @@ class Trainer:
     def _take_steps(self, request: StopRequest) -> None:
         if self.step == 0:
             self.evaluate()
-        interval, previous, saved = _Interval(), None, self.step or None
+        interval, previous, saved = _Interval(), None, self.step if self.resumed else None
         while self.step < self.max_steps:
             step, last = self.step + 1, self.step + 1 == self.max_steps
             log_due = step == 1 or _due(step, self.config.train.log_every) or last
@@ -375,10 +382,19 @@ class Trainer:
             "template": self.data.stores[0].manifest["template"],
             "add_bos": self.data.stores[0].manifest["add_bos"],
             "identity": self.identity,
+            "past": dataclasses.asdict(self.past) if self.past else None,
+            "orders": self._orders(),
         }
         self.saver.save(self.step, self.model, self.optimizer, state)
         on_main(self._write_mixture)
         self._note_saved()
+
+    def _orders(self) -> list[dict]:
+        """How far every store was read, and in which order, for a run that goes on from here with other stores."""
+        mixture = self.data.mixture
+        uses = mixture.uses_before(self.step * self.config.train.global_batch_size)
+        read = zip(_contents(self.data.stores), mixture.seeds, uses, strict=True)
+        return [{"content": content, "seed": seed, "uses": used} for content, seed, used in read]
 
     def _note_saved(self) -> None:
         """Writes down what has become complete, once it has."""
@@ -404,9 +420,13 @@ class Trainer:
 
         def open_figures() -> None:
             self._open_metrics()
+            if self.past and self.metrics:
+                before = (f"{name} after {uses} rows" for name, uses in zip(names, self.past.uses, strict=True))
+                self.metrics.say(f"goes on at step {self.step} from another run; stores: {', '.join(before)}")
             self._write_mixture()
             self._say_mixture()
 
+        names = self.data.mixture.names
         together(self.group, lambda: write_origin() if self.saver.leads else None)
         on_main(open_figures)
 
@@ -538,20 +558,30 @@ class _Interval:
 
 
 @dataclass(frozen=True)
-class _Data:
-    """What a run reads: stores of one tokenizer, the rows of their splits, and in what order for how many steps."""
+class _Stores:
+    """Stores of one tokenizer, the rows of their splits, and how many steps (and rows) are asked for."""
 
     stores: list[Store]
     contract: Contract
     train_rows: list[Rows]
     validation_rows: list[Rows]
     steps: int
+    total_rows: int
+
+
+@dataclass(frozen=True)
+class _Data(_Stores):
+    """What a run reads: stores, and in what order."""
+
     mixture: Mixture
 
 
 def planned_steps(config: TrainingRun) -> int:
     """The steps that a configuration asks for, on the stores that it names."""
-    return _open_data(config).steps
+    opened = _open_stores(config)
+    if config.train.start_state == "weights":  # else what was read before is in a checkpoint
+        _mixture(config, opened, None)
+    return opened.steps
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -570,7 +600,7 @@ def _validation_figures(prefix: str, sums: list[float]) -> dict:
     }
 
 
-def _open_data(config: TrainingRun) -> _Data:
+def _open_stores(config: TrainingRun) -> _Stores:
     stores = [open_store(Path(entry.path)) for entry in config.data.entries]
     contract, *_ = (_store_contract(store) for store in stores)
     _check_alike(config, stores)
@@ -584,8 +614,12 @@ def _open_data(config: TrainingRun) -> _Data:
     if 0 in sizes:
         raise UserError(f"{stores[sizes.index(0)].path} holds no row for training", "prepare a larger corpus")
     steps, total_rows = _length(config, sizes[0])
-    mixture = mix(config.data, sizes, total_rows, config.train.global_batch_size, config.train.seed)
-    return _Data(stores, contract, train_rows, validation_rows, steps, mixture)
+    return _Stores(stores, contract, train_rows, validation_rows, steps, total_rows)
+
+
+def _mixture(config: TrainingRun, opened: _Stores, past: Past | None) -> Mixture:
+    sizes = [len(rows) for rows in opened.train_rows]
+    return mix(config.data, sizes, opened.total_rows, config.train.global_batch_size, config.train.seed, past)
 
 
 def _store_contract(store: Store) -> Contract:
@@ -713,7 +747,7 @@ def _starting_weights(config: TrainingRun):
     return build.initialised(config.train.seed)
 
 
-def _identity(config: TrainingRun, data: _Data, model_config: PretrainedConfig, dtype: str) -> dict:
+def _identity(config: TrainingRun, data: _Stores, rows: int, model_config: PretrainedConfig, dtype: str) -> dict:
     """What must not change when a run is resumed: everything that its numbers depend on, but for the mesh."""
     volatile = ("transformers_version", "_name_or_path", "dtype", "architectures")
     shape = {key: value for key, value in model_config.to_dict().items() if key not in volatile}
@@ -722,7 +756,7 @@ def _identity(config: TrainingRun, data: _Data, model_config: PretrainedConfig, 
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
         "the length of the run (steps)": data.steps,
-        "the rows of the run": data.mixture.total,
+        "the rows of the run": rows,
         "train.global_batch_size": config.train.global_batch_size,
         "train.seed": config.train.seed,
         "train.dtype": dtype,
@@ -734,13 +768,11 @@ def _identity(config: TrainingRun, data: _Data, model_config: PretrainedConfig, 
 
 def _identity_of_data(config: TrainingRun, stores: list[Store]) -> dict:
     """The contents of the stores, wherever they lie, and how they are mixed."""
-    contents = []
-    for store in stores:
-        content = json.dumps([store.fingerprint, store.manifest["splits"]], sort_keys=True).encode()
-        contents.append(hashlib.sha256(content).hexdigest())
+    contents = _contents(stores)
     if len(stores) == 1:
         return {"data.store": contents[0]}
-    mixed = {f"data.stores.{entry.name}": content for entry, content in zip(config.data.stores, contents, strict=True)}
+    mixed: dict[str, Any] = {}
+    mixed |= {f"data.stores.{entry.name}": content for entry, content in zip(config.data.stores, contents, strict=True)}
     for entry in config.data.stores:
         mixed |= {f"data.stores.{entry.name}.{key}": getattr(entry, key) for key in ("weight", "tokens", "max_epochs")}
     if config.data.stages:
@@ -748,13 +780,75 @@ def _identity_of_data(config: TrainingRun, stores: list[Store]) -> dict:
     return {"data.stores": [entry.name for entry in config.data.stores], **mixed}
 
 
-def _check_identity(saved: dict, identity: dict, run_dir: Path) -> None:
-    for key in sorted(saved.keys() | identity.keys()):
-        if saved.get(key) != identity.get(key):
+def _contents(stores: list[Store]) -> list[str]:
+    contents = [json.dumps([store.fingerprint, store.manifest["splits"]], sort_keys=True) for store in stores]
+    return [hashlib.sha256(content.encode()).hexdigest() for content in contents]
+
+
+def _branched(state: dict, opened: _Stores) -> dict:
+    """The state of a checkpoint for a run that goes on from it with other stores, or the same."""
+    orders, contents = state["orders"], _contents(opened.stores)
+    before = [order["content"] for order in orders]
+    places = [before.index(content) if content in before else None for content in contents]
+    past = Past(
+        position=state["step"] * state["identity"]["train.global_batch_size"],
+        uses=tuple(0 if place is None else orders[place]["uses"] for place in places),
+        seeds=tuple(None if place is None else orders[place]["seed"] for place in places),
+    )
+    counted = ("rows_by_store", "tokens_by_store")
+    counts = {key: [0 if place is None else state[key][place] for place in places] for key in counted}
+    passed_over = state["passed_over"] if len(contents) == 1 and contents == before else []  # other rows stand there
+    return state | counts | {"past": dataclasses.asdict(past), "passed_over": passed_over}
+
+
+# What a run that goes on from another one may change: by its first letters in `_identity`.
+_BRANCHES = ("the length of the run", "the rows of the run", "schedule.", "optimizer.", "data.store", "data.stages")
+
+
+def _changes(saved: dict, identity: dict) -> dict[str, str]:
+    """What differs, and how."""
+    return {
+        key: f"{key} was {saved.get(key)}, now {identity.get(key)}"
+        for key in sorted(saved.keys() | identity.keys())
+        if saved.get(key) != identity.get(key)
+    }
+
+
+def _check_identity(state: dict, identity: dict, resumed: checkpoint.Whole) -> None:
+    saved, run_dir = state["identity"], resumed.run_dir
+    changes = _changes(saved, identity)
+    steps = saved["the length of the run (steps)"]
+    if changes and state["step"] == steps and all(key.startswith(_BRANCHES) for key in changes):
+        start = steps
+        if saved["schedule.kind"] == "wsd":
+            schedule = ScheduleConfig(kind="wsd", decay_steps=saved["schedule.decay_steps"])
+            decay = steps - decay_steps(steps, schedule)
+            start = decay if decay in checkpoint.complete_steps_everywhere(run_dir, resumed.group) else steps
+        raise UserError(
+            f"{run_dir} has taken all its steps, and {next(iter(changes.values()))}",
+            f"to go on, choose another --run-dir and set train.start_from to {run_dir}@{start} in place of the model, "
+            "with train.start_state full to keep moments, step and place in the data, or weights to begin anew",
+        )
+    for change in changes.values():
+        raise UserError(
+            f"{run_dir} holds a checkpoint of another run: {change}",
+            "set it back to resume, or choose another --run-dir",
+        )
+
+
+def _check_branch(state: dict, identity: dict) -> None:
+    for key, change in _changes(state["identity"], identity).items():
+        if not key.startswith(_BRANCHES):
             raise UserError(
-                f"{run_dir} holds a checkpoint of another run: {key} was {saved.get(key)}, now {identity.get(key)}",
-                "set it back to resume, or choose another --run-dir",
+                f"train.start_state is full, but the run of train.start_from is another one: {change}",
+                "set it back, or set train.start_state to weights",
             )
+    steps = identity["the length of the run (steps)"]
+    if steps <= state["step"]:
+        raise UserError(
+            f"train.start_state is full, and train.start_from has taken {state['step']} of {steps} steps already",
+            "lengthen the run, whose steps are counted with those, or set train.start_state to weights",
+        )
 
 
 def _write_origin(run_dir: Path, model_config: PretrainedConfig, store: Store) -> None:
