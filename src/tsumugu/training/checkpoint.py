@@ -11,6 +11,8 @@ every file is whole on one of them, and what a process needs is sent to it. DCP 
 tensor: they are read by unpicklers that build what DCP writes and refuse everything else.
 """
 
+import contextlib
+import dataclasses
 import errno
 import io
 import json
@@ -33,7 +35,7 @@ from transformers import PreTrainedModel
 from tsumugu.data.store import sha256
 from tsumugu.errors import UserError
 from tsumugu.model.build import rebuild_buffers, tied_names
-from tsumugu.training.storages import Group, find_sharing, flush, send_files, together
+from tsumugu.training.storages import Group, Part, find_sharing, flush, received, send, together
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -41,6 +43,7 @@ METADATA = ".metadata"
 
 _NAME = re.compile(r"step-([0-9]{8,})")
 _NO_MARKER = "it has no COMPLETE marker"
+_OWN = "use checkpoints that tsumugu has written"
 
 Files = dict[str, dict[str, Any]]
 
@@ -110,25 +113,22 @@ class Whole:
         """state.json."""
         return json.loads((self.path / STATE).read_text(encoding="utf-8"))
 
-    def fetch(self, names: Iterable[str]) -> None:
-        """Brings the named files to this process's storage, where it lacks them; every process calls it."""
-        if len(set(self.storages)) == 1:
-            return
-        lacking = sorted(
-            {
-                (name, self.storages[rank])
-                for rank, wanted in enumerate(together(self.group, lambda: set(names)))
-                for name in wanted
-                if self.storages[rank] not in {self.storages[holder] for holder in self.holders[name]}
-            }
-        )
-        send_files(
-            self.path,
-            [(name, self.files[name]["size"], self.holders[name][0], storage) for name, storage in lacking],
-            self.group,
-        )
-        for name, storage in lacking:
-            self.holders[name].append(storage)
+    def lacks(self, rank: int, name: str) -> bool:
+        """Whether a file is not on the storage of a process."""
+        return self.storages[rank] not in {self.storages[holder] for holder in self.holders[name]}
+
+    def borrow(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Brings what this process's storage lacks of name, offset and size to `received`; every process calls it."""
+        wanted = together(self.group, lambda: sorted(ranges))
+        parts: list[Part] = []
+        for rank, name, offset, size in ((rank, *wish) for rank, wishes in enumerate(wanted) for wish in wishes):
+            if not self.lacks(rank, name):
+                continue
+            if parts and (parts[-1].destination, parts[-1].name, parts[-1].end) == (rank, name, offset):
+                parts[-1] = dataclasses.replace(parts[-1], size=parts[-1].size + size)  # they lie side by side
+            else:
+                parts.append(Part(rank, name, offset, size, self.holders[name][0]))
+        send(self.path, parts, self.group)
 
 
 def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole | None:
@@ -142,7 +142,7 @@ def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole 
     Raises:
         UserError: There were checkpoints, and none of them is whole: starting over would write over the run.
     """
-    damaged = False
+    damaged = ""
     everywhere = together(group, lambda: [path.name for _, path in named(run_dir)])
     for step in sorted({int(name.removeprefix("step-")) for names in everywhere for name in names}, reverse=True):
         path = folder(run_dir, step)
@@ -151,10 +151,10 @@ def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole 
             return found
         if dist.get_rank(group) == 0:
             report(f"{path} is passed over: {found}")
-        damaged = damaged or found != _NO_MARKER
+        damaged = damaged or (found if found != _NO_MARKER else "")
     if damaged:
         raise UserError(
-            f"every checkpoint of {run_dir} is damaged",
+            f"every checkpoint of {run_dir} is damaged, the newest: {damaged}",
             f"choose another --run-dir, or delete {run_dir / 'checkpoints'} to start this run over",
         )
     return None
@@ -210,7 +210,13 @@ def load(tensors: dict[str, Any], source: Whole | Path) -> None:
     whole = source if isinstance(source, Whole) else None
     reader = _Reader(source.path if isinstance(source, Whole) else source, whole)
     group = whole.group if whole else None
-    dcp.load(tensors, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=whole is None)
+    try:
+        dcp.load(tensors, storage_reader=reader, planner=_Planner(), process_group=group, no_dist=whole is None)
+    except CheckpointException as error:
+        for cause, _ in error.failures.values():
+            if isinstance(cause, UserError):
+                raise cause from None
+        raise
 
 
 def weights(source: Whole) -> Callable[[PreTrainedModel, list], None]:
@@ -338,10 +344,20 @@ def _adopt(path: Path, files: Files, holders: dict[str, list[int]], group: Group
     """Gives a storage that lacks them the folder, its marker and what every process reads."""
     together(group, lambda: path.mkdir(parents=True, exist_ok=True))
     storages = [storage for storage in find_sharing(path, group) if storage is not None]
-    whole = Whole(path, files, holders, storages, group)
-    whole.fetch([METADATA, STATE])
-    rank = dist.get_rank(group)
-    together(group, lambda: mark(path, files) if storages[rank] == rank and _listed(path) != files else None)
+    whole, rank = Whole(path, files, holders, storages, group), dist.get_rank(group)
+    if len(set(storages)) > 1:
+        leads = storages[rank] == rank
+        lacking = [name for name in (METADATA, STATE) if leads and whole.lacks(rank, name)]
+        whole.borrow([(name, 0, files[name]["size"]) for name in lacking])
+
+        def complete() -> None:
+            for name in lacking:
+                received(path / name, rank).rename(path / name)
+            if leads and _listed(path) != files:
+                mark(path, files)
+
+        together(group, complete)
+    together(group, lambda: read_metadata(path) and None)  # so that what it refuses is said as it is
     return whole
 
 
@@ -403,14 +419,18 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         raise UserError(
             f"{self._file} holds {module}.{name}, which no checkpoint needs: it may be made to run code",
-            "use checkpoints that tsumugu has written",
+            _OWN,
         )
 
 
 class _Planner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         """What is no tensor: torch reads it with plain pickle, hence it is read here first, with its safe unpickler."""
-        torch.load(value, weights_only=True)
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:
+            name = read_item.storage_index.fqn
+            raise UserError(f"{name} of a checkpoint may be made to run code", _OWN) from None
         value.seek(0)
         super().load_bytes(read_item, value)
 
@@ -426,6 +446,18 @@ class _Reader(dcp.FileSystemReader):
         return read_metadata(self._folder)
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        if self._whole:
-            self._whole.fetch({self.storage_data[item.storage_index].relative_path for item in plan.items})
-        return super().read_data(plan, planner)
+        whole = self._whole
+        if whole is None or len(set(whole.storages)) == 1:
+            return super().read_data(plan, planner)
+        rank = dist.get_rank(whole.group)
+        needed = {item.storage_index: self.storage_data[item.storage_index] for item in plan.items}
+        lacking = {index: info for index, info in needed.items() if whole.lacks(rank, info.relative_path)}
+        files = {info.relative_path: received(whole.path / info.relative_path, rank) for info in lacking.values()}
+        with contextlib.ExitStack() as stack:
+            for file in files.values():
+                stack.callback(file.unlink, missing_ok=True)
+            whole.borrow({(info.relative_path, info.offset, info.length) for info in lacking.values()})
+            for index, info in lacking.items():
+                needed[index] = dataclasses.replace(info, relative_path=files[info.relative_path].name)
+            self.storage_data = needed
+            return super().read_data(plan, planner)

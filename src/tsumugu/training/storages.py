@@ -7,7 +7,8 @@ and both are found out here. Everything is done by all processes of a gloo group
 import datetime
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,10 +59,9 @@ def find_leaders(folder: Path, group: Group) -> list[int]:
         return name
 
     names = together(group, mark)
-    try:
-        return together(group, lambda: next(i for i, name in enumerate(names) if (folder / name).exists()))
-    finally:
-        (folder / names[dist.get_rank(group)]).unlink(missing_ok=True)
+    leaders = together(group, lambda: next(i for i, name in enumerate(names) if (folder / name).exists()))
+    together(group, (folder / names[dist.get_rank(group)]).unlink)
+    return leaders
 
 
 def find_sharing(folder: Path, group: Group) -> list[int | None]:
@@ -81,73 +81,95 @@ def find_sharing(folder: Path, group: Group) -> list[int | None]:
     return [None if identity is None else identities.index(identity) for identity in identities]
 
 
-def send_files(folder: Path, transfers: Sequence[tuple[str, int, int, int]], group: Group) -> None:
-    """Sends files from the folder of one process to that of another, in pieces; all processes call it alike.
+@dataclass(frozen=True, order=True)
+class Part:
+    """`size` bytes from `offset` of a file, which rank `source` has and rank `destination` gets."""
 
-    Args:
-        folder: This process's own.
-        transfers: Name, size in bytes, rank that has it, rank that gets it.
-        group: The processes.
+    destination: int
+    name: str
+    offset: int
+    size: int
+    source: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+def received(file: Path, rank: int) -> Path:
+    """Where a process puts the parts of a file that it is sent: each at its offset, with holes between them."""
+    return file.with_name(f".{file.name}.{rank}.part")
+
+
+def send(folder: Path, parts: Sequence[Part], group: Group) -> None:
+    """Sends parts of files from the folder of one process to that of another; all processes call it alike.
+
+    An error ends nobody's part in it: it is raised, on all processes, when everything was sent.
     """
-    rank, failure = dist.get_rank(group), None
-    for name, size, source, destination in transfers:
-        if rank == source:
-            _send(folder / name, size, destination, group)
-        elif rank == destination:
-            failure = _receive(folder / name, size, source, group) or failure
+    rank, failures = dist.get_rank(group), []
+    pairs = sorted({(part.source, part.destination) for part in parts})
+    for source, destination in pairs:
+        if rank not in (source, destination):
+            continue
+        between = sorted(part for part in parts if (part.source, part.destination) == (source, destination))
+        for pieces in _messages(between):
+            message = torch.empty(sum(size for _, _, size in pieces), dtype=torch.uint8)
+            if rank == source:
+                failures += _each(pieces, message, lambda name, *piece: _read(folder / name, *piece))
+                dist.send(message, destination, group=group)
+            else:
+                dist.recv(message, source, group=group)
+                failures += _each(pieces, message, lambda name, *piece: _write(received(folder / name, rank), *piece))
 
     def complain() -> None:
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]
 
     together(group, complain)
 
 
-def _pieces(size: int) -> list[torch.Tensor]:
-    """Parts of one buffer, which make up `size` bytes."""
-    buffer = torch.empty(min(size, CHUNK_BYTES), dtype=torch.uint8)
-    return [buffer[: size - start] for start in range(0, size, CHUNK_BYTES)]
+def _messages(parts: Sequence[Part]) -> Iterator[list[tuple[str, int, int]]]:
+    """Name, offset and size of what goes into each message: many small parts, or a piece of a large one."""
+    message, room = [], CHUNK_BYTES
+    for part in parts:
+        start = 0
+        while start < part.size or part.size == 0:
+            size = min(room, part.size - start)
+            message.append((part.name, part.offset + start, size))
+            start, room = start + size, room - size
+            if room == 0:
+                yield message
+                message, room = [], CHUNK_BYTES
+            if part.size == 0:
+                break
+    if message:
+        yield message
 
 
-def _bytes_of(piece: torch.Tensor) -> memoryview:
-    return memoryview(piece.numpy())  # pyright: ignore[reportArgumentType]
-
-
-def _send(file: Path, size: int, destination: int, group: Group) -> None:
-    with open(file, "rb") as stream:
-        for piece in _pieces(size):
-            stream.readinto(_bytes_of(piece))
-            dist.send(piece, destination, group=group)
-
-
-def _receive(file: Path, size: int, source: int, group: Group) -> OSError | None:
-    """The error is returned, so that the sender is listened to until it has finished."""
-    failure, temporary = None, file.with_name(f".{file.name}.part")
-    try:
-        stream = open(temporary, "wb", buffering=0)  # noqa: SIM115 (closed below)
-    except OSError as error:
-        stream, failure = None, error
-    for piece in _pieces(size):
-        dist.recv(piece, source, group=group)
+def _each(
+    pieces: list[tuple[str, int, int]], message: torch.Tensor, action: Callable[[str, int, memoryview], None]
+) -> list[OSError]:
+    """Calls `action` with every piece and its bytes; the errors."""
+    failures, content = [], memoryview(message.numpy())  # pyright: ignore[reportArgumentType]
+    for name, offset, size in pieces:
         try:
-            if stream is not None and failure is None:
-                _write_whole(stream.fileno(), _bytes_of(piece))
+            action(name, offset, content[:size])
         except OSError as error:
-            failure = error
-    if stream is not None:
-        stream.close()
-    if failure is None:
-        flush(temporary)
-        temporary.rename(file)
-    else:
-        temporary.unlink(missing_ok=True)
-    return failure
+            failures.append(error)
+        content = content[size:]
+    return failures
 
 
-def _write_whole(descriptor: int, rest: memoryview) -> None:
-    """os.write, which may write less than it is given, until all is written."""
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+def _read(file: Path, offset: int, content: memoryview) -> None:
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        stream.readinto(content)
+
+
+def _write(file: Path, offset: int, content: memoryview) -> None:
+    with open(file, "r+b" if file.exists() else "w+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
 
 
 def flush(path: Path) -> None:

@@ -168,7 +168,9 @@ class Trainer:
             self._note_saved()
             self._say_mixture()
         finally:
-            with contextlib.suppress(Exception):  # what has ended the run is raised; what is being written is finished
+            with contextlib.suppress(
+                Exception, CheckpointException
+            ):  # what has ended the run is raised; what is being written is finished
                 self.saver.wait()
             if self.metrics:
                 self.metrics.close()
