@@ -417,7 +417,8 @@ class Trainer:
         self.saver.open()
 
         def write_origin() -> None:
-            _write_origin(self.run_dir, self.model_config, self.data.stores[0])
+            if not self.resumed or not (self.run_dir / "model").exists():  # on a storage that is new
+                _write_origin(self.run_dir, self.model_config, self.data.stores[0])
             configuration.write(self.config, self.run_dir / "config.yaml")
 
         def open_figures() -> None:
@@ -855,7 +856,5 @@ def _check_branch(state: dict, identity: dict) -> None:
 
 def _write_origin(run_dir: Path, model_config: PretrainedConfig, store: Store) -> None:
     """What every checkpoint of the run needs beside it; written once, since a run may be killed while it resumes."""
-    if any((run_dir / "checkpoints").glob("*")) and (run_dir / "model").exists():
-        return
     model_config.save_pretrained(run_dir / "model")
     copy_tokenizer(store.path / "tokenizer", run_dir / "tokenizer")
