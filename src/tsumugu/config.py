@@ -466,16 +466,35 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the device mesh."""
+    """Degrees of the device mesh, and what is traded for memory or speed; no option changes what is learned."""
 
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
     replicate_degree: int | None = None
     """Replicas of that group; default: world size / shard_degree."""
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
+    prefetch: int = 1
+    """Layers gathered ahead of the one that is computed; more take memory, and help where gathering is late."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again: nothing, all but matrix products and attention, or all but the layers' inputs."""
+    checkpoint_every_nth_layer: int = 1
+    """Activation checkpointing of every nth decoder layer alone."""
+    compile: bool | None = None
+    """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
+    offload_activations: bool = False
+    """What layers keep for backward waits in host memory (with activation_checkpointing none or full)."""
+    offload_optimizer: bool = False
+    """Master weights, gradients and moments are in host memory, and the optimizer's step is taken there."""
 
     def __post_init__(self):
-        _require_positive("parallel.shard_degree", self.shard_degree)
-        _require_positive("parallel.replicate_degree", self.replicate_degree)
+        for name in ("shard_degree", "replicate_degree", "prefetch", "checkpoint_every_nth_layer"):
+            _require_positive(f"parallel.{name}", getattr(self, name))
+        if self.offload_activations and self.activation_checkpointing == "selective":
+            raise UserError(
+                "parallel.offload_activations cannot move what activation_checkpointing selective keeps",
+                "set parallel.activation_checkpointing to full or none",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,10 @@ from tsumugu.data.batches import Rows, Share, training_batches, validation_batch
 from tsumugu.data.mixture import Mixture, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
 from tsumugu.data.store import Store, open_store
+from tsumugu.distributed import paths
 from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
+from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
 from tsumugu.model import build
 from tsumugu.model.flops import flops, peak_flops
@@ -93,7 +95,8 @@ class Trainer:
         resumed = resumed_step is not None
         saved = checkpoint.folder(run_dir, resumed_step) if resumed else on_main(lambda: _start_from(config))
         self.model_config = _model_config(config, contract, environment, saved, resumed)
-        dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        processor = on_main(lambda: paths.this_device(self.device))
+        dtype = paths.compute_dtype(config.train.dtype, processor)
         self.identity = _identity(config, data, self.model_config, dtype)
 
         state = checkpoint.read_state(run_dir, resumed_step) if resumed else {}
@@ -103,7 +106,21 @@ class Trainer:
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         fill = checkpoint.weights(saved) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
-        self.model = build.build_model(self.model_config, mesh, self.device, master_dtype, compute_dtype, fill)
+        weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize
+        parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
+        self.model = build.build_model(
+            self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel
+        )
+        self.paths = paths.describe(
+            asked=config.parallel,
+            asked_dtype=config.train.dtype,
+            decided=parallel,
+            dtype=dtype,
+            device=processor,
+            attention=build.attention_implementation(self.model),
+            mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+            weight_bytes=weight_bytes,
+        )
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resumed:
@@ -250,6 +267,7 @@ class Trainer:
         loss = own_loss.clone()
         dist.all_reduce(loss)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
+        grad_norm = grad_norm.to(self.device)  # from the host, with parallel.offload_optimizer
         verdict = self.guard.judge(loss, grad_norm)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
@@ -344,6 +362,7 @@ class Trainer:
                 of_store[0] += self._summed_loss(batch)
                 of_store[1] += supervised.numel()
                 of_store[2] += self.token_bytes[supervised].sum()
+        reshard(self.model)
         dist.all_reduce(sums)
         figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
         if self.mixed:
@@ -371,11 +390,17 @@ class Trainer:
             _write_origin(self.run_dir, self.model_config, self.data.stores[0])
         configuration.write(self.config, self.run_dir / "config.yaml")
         self._open_metrics()
+        self._say_paths()
         self._write_mixture()
         self._say_mixture()
 
     def _open_metrics(self) -> None:
         self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
+
+    def _say_paths(self) -> None:
+        assert self.metrics
+        for line in self.paths:
+            self.metrics.say(line)
 
     def _write_mixture(self) -> None:
         if self.mixed:
