@@ -65,7 +65,7 @@ class Metrics:
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         rewritten.replace(path)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._trackers = trackers
+        self._trackers, self._finished = trackers, False
         self._bar = tqdm(total=max_steps, initial=step, unit="step", desc=run_dir.name, disable=None)
 
     def write(self, line: dict) -> None:
@@ -75,6 +75,7 @@ class Metrics:
         }
         self._file.write(json.dumps(text) + "\n")
         self._file.flush()
+        self._finished = line["step"] == self._bar.total
         for name, tracker in self._trackers.items():
             try:
                 tracker.write(line["step"], numbers(line))
@@ -91,12 +92,11 @@ class Metrics:
         tqdm.write(redact(text), file=sys.stderr)
 
     def close(self) -> None:
-        finished = self._bar.n == self._bar.total
         self._bar.close()
         self._file.close()
         for name, tracker in self._trackers.items():
             try:
-                tracker.close(finished)
+                tracker.close(self._finished)
             except Exception as error:
                 self.say(failure(name, error))
 
