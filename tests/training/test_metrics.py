@@ -61,14 +61,19 @@ def test_figures_that_are_no_numbers_and_stores_of_a_mixture_are_found(tmp_path:
     assert validation == {"step": 3, "validation_loss": 2, "validation/日本語/loss": 1e-7}
 
 
-def test_the_memory_is_that_of_the_process_that_has_most(made: Path, tmp_path: Path):
+def test_the_memory_is_that_of_the_process_that_has_most_and_each_profiles_its_steps(made: Path, tmp_path: Path):
     run_ranks(_with_uneven_memory, 2, made, tmp_path)
     assert {line["memory_peak_gib"] for line in read_metrics(tmp_path) if "loss" in line} == {11.0}
+    for rank in (0, 1):
+        with gzip.open(tmp_path / "profile" / f"rank-{rank}.json.gz") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        assert names.count("aten::cross_entropy_loss") == 2 * 2  # steps × micro batches
+        assert "aten::_fused_adamw_" in names
 
 
 def _with_uneven_memory(made: Path, run_dir: Path) -> None:
     trainer_module.memory_peak_gib = lambda _device: 10.0 + torch.distributed.get_rank()
-    train(config_of(made), run_dir)
+    train(config_of(made, **{"train.profile_steps": [2, 3]}), run_dir)
 
 
 def test_norms_by_part_are_those_of_the_whole_tensors_on_any_mesh(made: Path, tmp_path: Path):
@@ -100,10 +105,6 @@ def test_norms_by_part_are_those_of_the_whole_tensors_on_any_mesh(made: Path, tm
         assert math.sqrt(sum(parts)) == pytest.approx(line["grad_norm"], rel=1e-5)
 
 
-def _train(config, run_dir: Path) -> None:
-    train(config, run_dir)
-
-
 def _train_both(first, first_dir: Path, second, second_dir: Path) -> None:
     train(first, first_dir)
     train(second, second_dir)
@@ -114,15 +115,6 @@ def test_norms_change_nothing_that_is_learned(made: Path, tmp_path: Path):
     train(config_of(made, **{"train.log_norms": True}), tmp_path / "with")
     without, with_norms = figures(tmp_path / "without"), figures(tmp_path / "with")
     assert [{key: line[key] for key in plain} for line, plain in zip(with_norms, without, strict=True)] == without
-
-
-def test_chosen_steps_are_profiled_by_every_process(made: Path, tmp_path: Path):
-    run_ranks(_train, 2, config_of(made, **{"train.profile_steps": [2, 3]}), tmp_path)
-    for rank in (0, 1):
-        with gzip.open(tmp_path / "profile" / f"rank-{rank}.json.gz") as file:
-            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
-        assert names.count("aten::cross_entropy_loss") == 2 * 2  # steps × micro batches
-        assert "aten::_fused_adamw_" in names
 
 
 @pytest.mark.parametrize("steps", [[3], [3, 2], [0, 2], [1, 2, 3]])

@@ -115,7 +115,7 @@ def test_a_tracker_that_cannot_start_is_refused(made: Path, tmp_path: Path, monk
     recorded = Recorded()
     recorded.module.init = lambda **_: (_ for _ in ()).throw(RuntimeError("not logged in"))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", recorded.module)
-    with pytest.raises(UserError, match="train.log_to: wandb cannot be used: not logged in"):
+    with pytest.raises(UserError, match=r"train\.log_to: wandb cannot be used: not logged in"):
         train(config_of(made, "wandb"), tmp_path / "run")
 
 

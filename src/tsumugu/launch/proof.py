@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,9 @@ def _equal(name: str, paths: list[Path], stored: list[dict[str, Any]]) -> bool:
         entry = metadata[name]
         tensor = isinstance(entry, TensorStorageMetadata)
         contents: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype) if tensor else None}
-        dcp.load(contents, checkpoint_id=path, no_dist=True)
+        with warnings.catch_warnings():  # that it loads in one process
+            warnings.simplefilter("ignore", UserWarning)
+            dcp.load(contents, checkpoint_id=path, no_dist=True)
         loaded.append(contents[name])
     first, second = loaded
     if not isinstance(first, torch.Tensor):
