@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,7 +122,7 @@ def _wandb(run_dir: Path, _step: int, configuration: dict, id: str | None) -> tu
 
     # neither what is printed nor the command line, the machine and the working copy are sent
     settings = wandb.Settings(console="off", disable_code=True, disable_git=True, x_disable_meta=True)
-    id = id or wandb.util.generate_id()
+    id = id or uuid.uuid4().hex[:12]
     run = wandb.init(
         id=id, resume="allow", dir=str(run_dir), name=run_dir.name, config=_flat(configuration), settings=settings
     )
