@@ -22,6 +22,9 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
@@ -153,12 +156,21 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Any --SECTION.KEY VALUE of the configuration is taken, such as --train.max_steps 10.",
     )
     _add_train_arguments(train)
+    train.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
 
     launch = commands.add_parser("launch", help="start training in several processes")
     targets = launch.add_subparsers(dest="target", required=True, metavar="TARGET", parser_class=_Parser)
     local = command(targets, "local", _launch_local, "torchrun on this machine, one process a GPU")
     _add_train_arguments(local)
     local.add_argument("--processes", type=int, metavar="N", help="default: one a GPU")
+    local.add_argument(
+        "--max-restarts",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="start again from the newest checkpoint after a process has died, so often (default: 0)",
+    )
+    local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
     export.add_argument("source", metavar="RUN", help="a run folder, or RUN@STEP")
@@ -332,6 +344,8 @@ def _train(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu.training.trainer import train
 
     run_dir = _run_dir(options)
+    if options.prove_resume:
+        return _prove_resume(["train"], options, flags)
     outcome = train(config.load(config.TrainingRun, options.config, flags), run_dir)
     if os.environ.get("RANK", "0") == "0":
         if outcome.already_done:
@@ -348,9 +362,24 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu.launch.local import launch
     from tsumugu.training.trainer import planned_steps
 
+    if options.prove_resume:
+        processes = [] if options.processes is None else [f"--processes={options.processes}"]
+        return _prove_resume(["launch", "local", *processes], options, flags)
     planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
-    return launch([*files, *flags], _run_dir(options), options.processes)
+    return launch([*files, *flags], _run_dir(options), options.processes, options.max_restarts)
+
+
+def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.launch.proof import prove_resume
+    from tsumugu.training.trainer import planned_steps
+
+    planned, steps = planned_steps(config.load(config.TrainingRun, options.config, flags)), options.prove_resume
+    if steps > planned:
+        raise UserError(f"--prove-resume {steps}: the run has {planned} steps", "give so many at most")
+    files = [f"--config={file}" for file in options.config]
+    return prove_resume([*command, *files, *flags], _run_dir(options), steps)
 
 
 def _run_dir(options: argparse.Namespace) -> Path:

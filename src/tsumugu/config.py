@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tsumugu.errors import UserError
+from tsumugu.errors import UserError, redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,8 +395,16 @@ class TrainConfig:
     """Save and stop (exit code 3) after this step, as if asked to; the length of the run stays as it is."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    log_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers beside metrics.jsonl; used where they are installed."""
+    log_norms: bool = False
+    """Lines of metrics also carry the norms of parameters and gradients, of embeddings, every layer and the rest."""
+    log_to: list[Literal["tensorboard", "mlflow", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside metrics.jsonl. tensorboard is used where it is installed, the others must be."""
+    profile_steps: list[int] | None = None
+    """[FIRST, LAST]: a profiler trace of those steps from every process, in the run's folder profile/."""
+    memory_snapshot: int | None = None
+    """GPUs only: the allocations of this step, from every process, in the run's folder memory/."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without progress after which every process says where it stands and ends with code 4; null: never."""
 
     def __post_init__(self):
         given = [name for name in ("max_steps", "max_tokens", "max_epochs") if getattr(self, name) is not None]
@@ -407,8 +415,15 @@ class TrainConfig:
                 f"{' and '.join(f'train.{name}' for name in given)} are set, of which only one may be",
                 f"set the others to null, such as --train.{given[-1]} null",
             )
-        for name in (*given, "global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after"):
+        positive = ("global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after", "hang_timeout")
+        for name in (*given, *positive, "memory_snapshot"):
             _require_positive(f"train.{name}", getattr(self, name))
+        if self.profile_steps is not None:
+            ordered = len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+            if not ordered:
+                raise UserError(
+                    f"train.profile_steps is {self.profile_steps}", "give the first and the last step, such as [5, 7]"
+                )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"train.seed is {self.seed}", "use an integer from 0 to 2^63 - 1")
 
@@ -645,9 +660,18 @@ def parser(config_class: type):
 
 
 def write(config: Any, path: Path) -> None:
-    """Writes the resolved configuration, every default included, as YAML that `load` reads."""
-    text = yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False)
+    """Writes the resolved configuration with every default as YAML that `load` reads; credentials are redacted."""
+    text = yaml.safe_dump(redacted(dataclasses.asdict(config)), allow_unicode=True, sort_keys=False)
     path.write_text(text, encoding="utf-8")
+
+
+def redacted(content: Any) -> Any:
+    """A copy of nested dicts and lists in which no string shows a credential."""
+    if isinstance(content, dict):
+        return {key: redacted(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [redacted(value) for value in content]
+    return redact(content) if isinstance(content, str) else content
 
 
 class _StrictSafeLoader(yaml.SafeLoader):

@@ -1,171 +1,124 @@
-"""Host memory at the start, optimizer state on the host, and float16 with its loss scale."""
+"""Out of memory: where it is, by hand, and which changes save how much."""
 
-import copy
-import threading
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from support.models import VOCABULARY, stock_model, tiny_config
+from support.models import VOCABULARY
 from support.ranks import run_ranks
-from support.runs import StopAfter, figures, run_config, whole
-from support.stores import write_store
-from transformers import AutoModelForCausalLM
+from support.runs import run_config
 
-from tsumugu.config import ParallelConfig
-from tsumugu.data.sampler import row_at
-from tsumugu.distributed.environment import process_group
-from tsumugu.distributed.mesh import build_mesh
-from tsumugu.model import build
-from tsumugu.training.optimizer import LossScale
-from tsumugu.training.signals import StopRequest
-from tsumugu.training.trainer import Trainer
+from tsumugu import cli
+from tsumugu import config as configuration
+from tsumugu.errors import UserError
+from tsumugu.training.memory import Memory, changes
+from tsumugu.training.trainer import Trainer, train
 
-MIB = 2**20
+GIB = 2**30
+COMMON = {"train.max_steps": 4, "train.global_batch_size": 8, "train.micro_batch_size": 4}
 
-
-def anonymous_memory() -> int:
-    """Bytes of this process that no file backs: what is mapped from a file goes when memory is short."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no RssAnon")
+# GPT-NeoX, 2 layers of 32, MLP 64: attention 4 matrices, MLP 2, each with its bias, 2 layer norms
+_LAYER = 4 * 32 * 32 + 4 * 32 + 2 * 32 * 64 + 64 + 32 + 2 * 2 * 32
+PARAMETERS = 2 * VOCABULARY * 32 + 2 * _LAYER + 2 * 32
 
 
-def growth(folder: str, initialise: bool) -> tuple[float, float]:
-    """MiB that starting a model adds at its peak, and MiB of this process's shards."""
-    model_config = build.read_config(folder)
-    world_size = torch.distributed.get_world_size()
-    mesh, cpu = build_mesh(ParallelConfig(), world_size, "cpu"), torch.device("cpu")
-    build.count_parameters(model_config)  # what transformers imports on its way
-    before = peak = anonymous_memory()
-    done = threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_memory())
-            time.sleep(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    fill = build.initialised(1) if initialise else build.pretrained(Path(folder))
-    model = build.build_model(model_config, mesh, cpu, torch.float32, torch.float32, fill)
-    done.set()
-    watcher.join()
-    shards = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
-    return (max(peak, anonymous_memory()) - before) / MIB, shards / MIB
+def config_of(made: Path, **more):
+    return run_config(made / "text", {**COMMON, "model.config": str(made / "gpt_neox"), **more})
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_no_process_ever_holds_the_whole_model(tmp_path: Path):
-    shape = {"hidden_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 2048}
-    model = stock_model(tiny_config("gpt_neox", False, **shape, vocab_size=4096))
-    size = sum(p.nbytes for p in model.parameters()) / MIB
-    largest = max(p.nbytes for p in model.parameters()) / MIB
-    assert size > 150
-    model.bfloat16().save_pretrained(tmp_path, max_shard_size="16MB")  # so that weights are converted on their way
-    file = max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) / MIB
-    for initialise, beside in ((False, file), (True, 2 * largest)):
-        for grown, shards in run_ranks(growth, 2, str(tmp_path), initialise):
-            assert shards == pytest.approx(size / 2, rel=0.01)
-            assert shards - 1 < grown < shards + beside + 16 < 0.75 * size, (initialise, grown, shards)
+def runs_out(monkeypatch: pytest.MonkeyPatch, at_step: int, at_rank: int = 0) -> None:
+    summed_loss = Trainer._summed_loss
+
+    def full(self: Trainer, batch):
+        if self.step + 1 == at_step and self.environment.rank == at_rank and self.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words of torch.")
+        return summed_loss(self, batch)
+
+    monkeypatch.setattr(Trainer, "_summed_loss", full)
 
 
-SEED = 7
-HOST = {"parallel.offload_optimizer": True}
-COMMON = {"train.global_batch_size": 4, "train.max_steps": 6, "optimizer.learning_rate": 1e-2}
+def shown_parts(text: str) -> dict[str, float]:
+    lines = [line.split() for line in text.splitlines() if line.startswith("  ") and line.endswith(" GiB")]
+    return {line[0]: float(line[-2]) for line in lines}
 
 
-def trained(store: Path, run_dir: Path, changes: dict, stop_after: int | None = None) -> dict[str, torch.Tensor]:
-    with process_group() as environment:
-        trainer = Trainer(run_config(store, COMMON | changes), run_dir, environment)
-        trainer.train(StopAfter(stop_after))
-        return {name: whole(p) for name, p in trainer.model.named_parameters()}
+def test_the_report_says_where_the_memory_is(made: Path, tmp_path: Path, monkeypatch, capsys):
+    runs_out(monkeypatch, at_step=3)
+    configuration.write(config_of(made), tmp_path / "config.yaml")
+    assert cli.main(["train", "--config", str(tmp_path / "config.yaml"), "--run-dir", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert "out of memory: rank 0, step 3: CUDA out of memory. Tried to allocate 2.00 GiB." in shown
+    assert "More words" not in shown
+    assert "Traceback" not in shown
+    parts = shown_parts(shown)
+    # rotary frequencies (not parameters) are a few bytes; a moment's step counter is 4 bytes a parameter tensor
+    assert parts["weights"] == pytest.approx(4 * PARAMETERS / GIB, rel=0.02)
+    assert parts["moments"] == pytest.approx(8 * PARAMETERS / GIB, rel=0.02)
+    assert parts["gradients"] == 0
+    # 4 rows of 16 tokens, in float32, and the log-probabilities of the loss
+    assert parts["logits"] == pytest.approx(4 * 16 * VOCABULARY * 8 / GIB, rel=0.01)
+    [last] = [line for line in shown.splitlines() if line.startswith("tsumugu: out of memory: rank 0, step 3 (")]
+    assert "set train.micro_batch_size 2" in last
 
 
-def test_a_run_with_its_optimizer_on_the_host_is_the_same_and_resumes_with_or_without(made: Path, tmp_path: Path):
-    changes = {"model.config": str(made / "gpt_neox")}
-    expected = trained(made / "text", tmp_path / "plain", changes)
-    found = trained(made / "text", tmp_path / "host", changes | HOST)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    for name, first, then in (("there", {}, HOST), ("back", HOST, {})):
-        trained(made / "text", tmp_path / name, changes | first, stop_after=3)
-        resumed = trained(made / "text", tmp_path / name, changes | then)
-        assert all(torch.equal(resumed[key], expected[key]) for key in expected)
-        assert figures(tmp_path / name) == figures(tmp_path / "plain")
+def test_gradients_that_have_gathered_are_there(made: Path, tmp_path: Path, monkeypatch, capsys):
+    """In the second micro batch of a step, those of the first are."""
+    summed_loss, calls = Trainer._summed_loss, []
+
+    def full(self: Trainer, batch):
+        calls.append(batch)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        return summed_loss(self, batch)
+
+    monkeypatch.setattr(Trainer, "_summed_loss", full)
+    monkeypatch.setattr(Trainer, "evaluate", lambda _: {})
+    with pytest.raises(UserError, match="out of memory: rank 0, step 1"):
+        train(config_of(made), tmp_path)
+    parts = shown_parts(capsys.readouterr().err)
+    assert parts["gradients"] == pytest.approx(4 * PARAMETERS / GIB, rel=0.02)
+    assert parts["moments"] == 0
 
 
-def test_a_step_that_is_not_finite_leaves_weights_on_the_host_alone(made: Path, tmp_path: Path):
-    changes = {"model.config": str(made / "gpt_neox"), "guard.non_finite": "skip", **HOST}
-    with process_group() as environment:
-        trainer = Trainer(run_config(made / "text", COMMON | changes), tmp_path, environment)
-        with torch.no_grad():
-            trainer.model.get_output_embeddings().weight.to_local()[5] = torch.nan
-        before = {name: whole(p) for name, p in trainer.model.named_parameters()}
-        trainer.train_step(StopRequest())
-        after = {name: whole(p) for name, p in trainer.model.named_parameters()}
-    assert all(torch.equal(before[name].nan_to_num(7), after[name].nan_to_num(7)) for name in before)
+def test_building_that_runs_out_is_said_so(made: Path, tmp_path: Path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr("tsumugu.training.trainer.build_optimizer", full)
+    with pytest.raises(UserError, match=r"out of memory: rank 0, building the model .use more or larger devices"):
+        train(config_of(made), tmp_path)
 
 
-def test_float16_steps_are_those_of_a_plain_loop_with_a_grad_scaler(tmp_path: Path):
-    """Masters in float32, copies in float16; the scale is too large at first, and those steps are not applied."""
-    stock_model(tiny_config("gpt_neox", False)).save_pretrained(tmp_path / "model")
-    scale, width, batch, steps, rate = 2.0**22, 16, 4, 7, 1e-2
-    tokens = torch.randint(4, VOCABULARY, (30 * width + 1,), generator=torch.Generator().manual_seed(0))
-    store = write_store(tmp_path / "store", [tokens.tolist()])
-    changes = {
-        **COMMON,
-        "model.pretrained": str(tmp_path / "model"),
-        "tokenizer.path": str(store / "tokenizer"),
-        "train.micro_batch_size": batch,
-        "train.dtype": "float16",
-        "train.max_steps": steps,
-        "train.seed": SEED,
-        "schedule.kind": "constant",
-    }
-    with process_group() as environment:
-        trainer = Trainer(run_config(store, changes), tmp_path / "run", environment)
-        trainer.loss_scale = LossScale(trainer.device, [scale, 0])
-        ours = []
-        for _ in range(steps):
-            ours.append(trainer.train_step(StopRequest()).figures())
-            trainer.step += 1
-        weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
+def test_savings_by_hand_and_the_cheapest_first(made: Path):
+    memory = Memory(weights=4 * GIB, gradients=4 * GIB, moments=8 * GIB, logits=6 * GIB, activations=34 * GIB, unused=0)
+    config = config_of(made, **{"parallel.shard_degree": 2})
+    found = {change.setting: change.saves / GIB for change in changes(config, memory, world_size=8)}
+    assert found == pytest.approx(
+        {
+            "train.micro_batch_size 2": 20,
+            "parallel.shard_degree 8, parallel.replicate_degree 1": 16 * 6 / 8,
+            "parallel.activation_checkpointing selective": 14,
+            "parallel.activation_checkpointing full": 32,
+            "parallel.offload_optimizer true": 16,
+            "parallel.offload_activations true": 34,
+            "data.sequence_length 8": 20,
+        }
+    )
+    alone = config_of(made, **{"train.micro_batch_size": 1})
+    assert [change.setting for change in changes(alone, memory, world_size=1)][:2] == [
+        "parallel.activation_checkpointing selective",
+        "parallel.activation_checkpointing full",
+    ]
 
-    masters = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    half = copy.deepcopy(masters).half()
-    matrices = [p for p in masters.parameters() if p.ndim > 1]
-    vectors = [p for p in masters.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    order = row_at(np.arange(steps * batch), 30, SEED).reshape(steps, batch)
-    used = []
-    for step in range(steps):
-        rows = torch.stack([tokens[row * width : (row + 1) * width + 1] for row in order[step].tolist()])
-        for copied, master in zip(half.parameters(), masters.parameters(), strict=True):
-            copied.data.copy_(master.data)
-            copied.grad = None
-        logits = half(rows[:, :-1]).logits.float()
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        used.append(scaler.get_scale())
-        scaler.scale(loss).backward()
-        for copied, master in zip(half.parameters(), masters.parameters(), strict=True):
-            master.grad = copied.grad.float()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(masters.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        assert ours[step].loss == pytest.approx(loss.item(), rel=1e-4)
-        assert ours[step].loss_scale == used[-1]
-    assert used[0] > used[-1] == scaler.get_scale()
-    applied = [figures.verdict == 0 for figures in ours]
-    assert applied == [later == earlier for earlier, later in zip(used, [*used[1:], scaler.get_scale()], strict=True)]
-    assert False in applied
-    assert True in applied
-    for name, master in masters.named_parameters():
-        torch.testing.assert_close(weights[name], master.detach(), rtol=0, atol=2e-4)
+
+def test_every_process_that_runs_out_reports(made: Path, tmp_path: Path):
+    errors = run_ranks(_run_out_on_both, 2, made, tmp_path)
+    assert [error.split(" (")[0] for error in errors] == [f"out of memory: rank {rank}, step 2" for rank in (0, 1)]
+
+
+def _run_out_on_both(made: Path, run_dir: Path) -> str:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runs_out(monkeypatch, at_step=2, at_rank=torch.distributed.get_rank())
+        with pytest.raises(UserError) as refused:
+            train(config_of(made), run_dir)
+    return str(refused.value)

@@ -35,13 +35,16 @@ from tsumugu.model import build
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
-from tsumugu.training import checkpoint
+from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
 from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
+from tsumugu.training.profile import Profile
 from tsumugu.training.schedule import check_schedule, learning_rate
 from tsumugu.training.signals import StopRequest, stop_requests
+from tsumugu.training.trackers import check_trackers, open_trackers
+from tsumugu.training.watchdog import PATIENCE, Watchdog, group_timeout, outlast
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -62,11 +65,17 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     Every process of a torchrun job calls it; without torchrun this is the only process.
 
     Raises:
-        UserError: A configuration, store, model or checkpoint that cannot be used, or a full disk.
+        UserError: A configuration, store, model or checkpoint that cannot be used, a full disk, or too little memory.
     """
+    hang_timeout = config.train.hang_timeout
     try:
-        with process_group() as environment, stop_requests() as request:
-            return Trainer(config, run_dir, environment).train(request)
+        with process_group(group_timeout(hang_timeout)) as environment, stop_requests() as request:
+            watchdog = Watchdog(hang_timeout, environment.rank)
+            with watchdog.watching(), _memory_explained(config, environment):
+                trainer = Trainer(config, run_dir, environment, watchdog)
+                outlast(hang_timeout)
+                with _memory_explained(config, environment, trainer):
+                    return trainer.train(request)
     except (OSError, CheckpointException) as error:
         if checkpoint.is_disk_full(error):
             raise UserError(f"no space left to write {run_dir}", "free space, then start again: it resumes") from None
@@ -76,10 +85,14 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
 class Trainer:
     """One run, built and ready to take steps."""
 
-    def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment):
+    def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment, watchdog: Watchdog | None = None):
         self.started = time.monotonic()
         self.config, self.run_dir, self.environment = config, run_dir, environment
+        self.watchdog = watchdog or Watchdog(None, environment.rank)
+        self.watchdog.mark("building: reading stores, configuration and weights", PATIENCE)
         self.device = environment.device
+        check_trackers(config.train.log_to)
+        self.profile = Profile(config.train, run_dir, environment.rank, self.device)
         self.data = data = _open_data(config)
         contract = data.contract
         self.share = Share(
@@ -102,7 +115,7 @@ class Trainer:
         state = checkpoint.read_state(run_dir, resumed_step) if resumed else {}
         if resumed:
             _check_identity(state["identity"], self.identity, run_dir)
-        compute_dtype = _DTYPES[dtype]
+        self.compute_dtype = compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         fill = checkpoint.weights(saved) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
@@ -126,10 +139,12 @@ class Trainer:
         if resumed:
             checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
         self._take_over(state)
+        self.first_step = self.step + 1
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
+        self.squared_norms: torch.Tensor | None = None  # of the latest step that is logged, with train.log_norms
         self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
 
     @property
@@ -173,6 +188,7 @@ class Trainer:
             self._take_steps(request)
             self._say_mixture()
         finally:
+            self.profile.close()
             if self.metrics:
                 self.metrics.close()
         return Outcome(self.step, self.max_steps, interrupted=self.step < self.max_steps)
@@ -183,9 +199,10 @@ class Trainer:
         interval, previous, saved = _Interval(), None, self.step or None
         while self.step < self.max_steps:
             step, last = self.step + 1, self.step + 1 == self.max_steps
-            log_due = step == 1 or _due(step, self.config.train.log_every) or last
+            log_due = self._log_due(step)
             evaluation_due = _due(step, self.config.evaluate.every) or last
             checkpoint_due = _due(step, self.config.checkpoint.every) or last
+            self.profile.before(step)
             with interval.timed():
                 launched = self.train_step(request)
                 stands = previous is None or self._settle(previous)  # while the device is busy with the next one
@@ -195,6 +212,7 @@ class Trainer:
                     interval.add(launched)
                     if log_due or evaluation_due or checkpoint_due:
                         stands, previous = self._settle(launched), None
+            self.profile.after(step)
             if not stands:
                 interval, previous, saved = _Interval(), None, self.step
                 continue
@@ -221,6 +239,7 @@ class Trainer:
         Counts and the wish to stop are exchanged between the hosts; the device is not waited for.
         """
         started = time.perf_counter()
+        self._mark("reading data")
         torch.manual_seed(self._step_seed())
         batches, stores = training_batches(self.data.train_rows, self.data.mixture, self.step, self.share)
         data_seconds = time.perf_counter() - started
@@ -234,6 +253,7 @@ class Trainer:
         by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
         counts += [int(count) for counted in by_store for count in counted]
         total = torch.tensor(counts)
+        self._mark("exchanging counts with the other processes")
         dist.all_reduce(total)
         stops, supervised, tokens, squared_lengths, *counts_by_store = total.tolist()
         if stops:
@@ -260,15 +280,20 @@ class Trainer:
         self.model.train()
         scale = self.loss_scale.scale if self.loss_scale else None
         own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            self._mark(f"in forward and backward of micro batch {number} of {len(batches)}")
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
         loss = own_loss.clone()
+        self._mark("reducing the loss and the gradient norm")
         dist.all_reduce(loss)
+        if self.config.train.log_norms and self._log_due(self.step + 1):
+            self.squared_norms = norms.squared_norms(self.model)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
         grad_norm = grad_norm.to(self.device)  # from the host, with parallel.offload_optimizer
         verdict = self.guard.judge(loss, grad_norm)
+        self._mark("taking the optimizer's step")
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -296,6 +321,7 @@ class Trainer:
         Raises:
             UserError: The step would do harm and the run is to stop, or too many in a row were skipped.
         """
+        self._mark(f"waiting for the device to end step {launched.step}")
         figures, guard = launched.figures(), self.config.guard
         if figures.verdict == APPLIED:
             self.skipped_in_a_row = 0
@@ -337,6 +363,7 @@ class Trainer:
 
     def _rewind(self, back_to: int, spiked: int) -> None:
         """Goes back to a checkpoint, and will pass over the rows of the step that spiked and of the one before it."""
+        self._mark(f"going back to the checkpoint of step {back_to}", PATIENCE)
         passed_over = self.passed_over | {spiked - 1, max(back_to, spiked - 2)}
         path = checkpoint.folder(self.run_dir, back_to)
         checkpoint.weights(path)(self.model, [])
@@ -357,12 +384,14 @@ class Trainer:
         sums = torch.zeros(len(self.data.stores), 3, dtype=torch.float64, device=self.device)
         for rows, of_store in zip(self.data.validation_rows, sums, strict=True):
             for batch in validation_batches(rows, self.share, self.config.evaluate.batches):
+                self._mark("evaluating")
                 labels = torch.from_numpy(batch.labels).to(self.device)
                 supervised = labels[labels != IGNORE_INDEX]
                 of_store[0] += self._summed_loss(batch)
                 of_store[1] += supervised.numel()
                 of_store[2] += self.token_bytes[supervised].sum()
         reshard(self.model)
+        self._mark("evaluating: reducing the sums")
         dist.all_reduce(sums)
         figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
         if self.mixed:
@@ -375,6 +404,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint of the steps done, and deletes the oldest ones."""
         started = time.monotonic()
+        self._mark("saving a checkpoint", PATIENCE)
         state = self._state() | {
             "template": self.data.stores[0].manifest["template"],
             "add_bos": self.data.stores[0].manifest["add_bos"],
@@ -395,7 +425,9 @@ class Trainer:
         self._say_mixture()
 
     def _open_metrics(self) -> None:
-        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
+        redacted = configuration.redacted(dataclasses.asdict(self.config))
+        trackers = open_trackers(self.config.train.log_to, self.run_dir, self.step, redacted)
+        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, trackers)
 
     def _say_paths(self) -> None:
         assert self.metrics
@@ -420,6 +452,13 @@ class Trainer:
         labels = torch.from_numpy(batch.labels).to(self.device)
         return summed_loss(self.model(**tensors, use_cache=False).logits, labels)
 
+    def _mark(self, doing: str, patience: float = 1.0) -> None:
+        first = self.step + 1 == self.first_step  # compiles, and starts what starts late
+        self.watchdog.mark(f"{doing} (after {self.step} steps)", PATIENCE if first else patience)
+
+    def _log_due(self, step: int) -> bool:
+        return step in (1, self.max_steps) or _due(step, self.config.train.log_every)
+
     def _learning_rate(self) -> float:
         """Of the step that is being taken, the one after the `self.step` steps done."""
         peak = self.config.optimizer.learning_rate
@@ -431,8 +470,14 @@ class Trainer:
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
 
     def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
+        memory_peak = torch.tensor(memory_peak_gib(self.device))
+        self._mark("comparing the processes' figures")
+        dist.all_reduce(memory_peak, dist.ReduceOp.MAX)
         if not self.metrics:
             return
+        of_parts = {}
+        if self.squared_norms is not None:
+            of_parts = norms.figures(self.model, self.squared_norms, figures.loss_scale if self.loss_scale else 1.0)
         seconds = interval.seconds
         world_size = self.environment.world_size
         tokens_per_second = interval.tokens / seconds
@@ -451,11 +496,12 @@ class Trainer:
                 "tokens_per_second_per_device": tokens_per_second / world_size,
                 "tflops_per_device": flops_per_second / 1e12,
                 "mfu": flops_per_second / peak if peak else None,
-                "memory_peak_gib": memory_peak_gib(self.device),
+                "memory_peak_gib": memory_peak.item(),
                 "step_seconds": seconds / interval.steps,
                 "data_seconds": interval.data_seconds / interval.steps,
             }
             | self._seen_by_store()
+            | of_parts
         )
 
     def _seen_by_store(self) -> dict:
@@ -536,6 +582,31 @@ class _Data:
     validation_rows: list[Rows]
     steps: int
     mixture: Mixture
+
+
+@contextlib.contextmanager
+def _memory_explained(config: TrainingRun, environment: Environment, trainer: Trainer | None = None) -> Iterator[None]:
+    """Says where the memory is where it runs out, with the model that there is by then."""
+    device = environment.device
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found, options = None, []
+        place = f"rank {environment.rank}, building the model"
+        if trainer is not None:
+            place = f"rank {environment.rank}, step {trainer.step + 1}"
+            found = memory.measure(
+                trainer.model,
+                trainer.optimizer,
+                config,
+                trainer.model_config.vocab_size,
+                trainer.compute_dtype,
+                device,
+            )
+            options = memory.changes(config, found, environment.world_size)
+        block, refusal = memory.out_of_memory(error, place, found, options, device)
+        memory.say(block)
+        raise refusal from None
 
 
 def planned_steps(config: TrainingRun) -> int:
