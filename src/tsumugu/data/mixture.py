@@ -226,12 +226,12 @@ def plan(
     shares = [[Fraction(weights[stage][s]) * Fraction(factors[s]) for s in stores] for stage in stages]
     targets = [[left[stage] * share / (sum(shares[stage]) or 1) for share in shares[stage]] for stage in stages]
     for s in stores:  # the factors are right to a part of a row; limits are exact
-        wanted, limit = sum(target[s] for target in targets), limits[s]
+        wanted, limit = sum((target[s] for target in targets), Fraction(0)), limits[s]
         if limit is not None and wanted > limit:
             for target in targets:
                 target[s] *= limit / wanted
     counts = [[int(rows) for rows in target] for target in targets]
-    owed = [sum(target[s] for target in targets) - sum(row[s] for row in counts) for s in stores]
+    owed = [sum((target[s] for target in targets), Fraction(0)) - sum(row[s] for row in counts) for s in stores]
     filled = _fill(counts, left, weights, limits, owed)
     assert filled, "what could be filled from nothing can be filled from a part"
     both = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(spread, counts, strict=True)]
