@@ -104,7 +104,8 @@ class Trainer:
 
         compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
-        fill = checkpoint.weights(saved) if saved else _starting_weights(config)
+        new = [] if saved is None or resumed else _extension(config, str(_tokenizer_of(saved)))
+        fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
         self.model = build.build_model(self.model_config, mesh, self.device, master_dtype, compute_dtype, fill)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
@@ -188,7 +189,10 @@ class Trainer:
                 group["lr"] = rate
             self.optimizer.step()
             self.optimizer.zero_grad()
-        reduced = self._all_sum([loss.item(), float(bool(request))])
+        # every process puts its own data_seconds into a place of its own, so that the sum holds them all
+        waited = [0.0] * self.environment.world_size
+        waited[self.environment.rank] = data_seconds
+        reduced = self._all_sum([loss.item(), float(bool(request)), *waited])
         self.tokens_seen += tokens
         self.supervised_tokens_seen += supervised
         for index in range(len(self.data.stores)):
@@ -202,7 +206,8 @@ class Trainer:
                 f"{self.run_dir} resumes from its newest checkpoint",
             )
         seconds = time.perf_counter() - started
-        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, seconds, data_seconds)
+        slowest = reduced[2:].max().item()
+        figures = StepFigures(loss_value, grad_norm.item(), tokens, squared_lengths, seconds, slowest)
         return figures, reduced[1].item() > 0
 
     @torch.no_grad()
@@ -256,8 +261,9 @@ class Trainer:
     def _write_mixture(self) -> None:
         if self.mixed:
             reported = report(self.data.mixture, self.rows_by_store, self.tokens_by_store)
-            content = json.dumps(reported, ensure_ascii=False, indent=1)
-            (self.run_dir / "mixture.json").write_text(content, encoding="utf-8")
+            partial = self.run_dir / ".mixture.json"
+            partial.write_text(json.dumps(reported, ensure_ascii=False, indent=1), encoding="utf-8")
+            partial.replace(self.run_dir / "mixture.json")
 
     def _say_mixture(self) -> None:
         if self.mixed and self.metrics:
@@ -324,7 +330,8 @@ class Trainer:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Of one step: loss (nats a supervised token), gradient norm; tokens and squared row lengths, over all devices."""
+    """Of one step: loss (nats a supervised token), gradient norm; tokens and squared row lengths, over all devices; the
+    seconds of the step, and those for which the slowest process made its rows."""
 
     loss: float
     grad_norm: float
@@ -476,7 +483,10 @@ def _model_config(
         run_dir = saved.parents[1]
         result = build.read_config(str(run_dir / "model"))
         if not resumed:
-            _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", str(config.train.start_from))
+            own, extension = str(_tokenizer_of(saved)), _extension(config, str(_tokenizer_of(saved)))
+            _check_tokenizer(own, contract, "train.start_from", str(config.train.start_from), extension)
+            if extension:
+                result.vocab_size = max(result.vocab_size, contract.vocab_size)
     else:
         assert model.pretrained is not None
         name = model.pretrained
@@ -498,6 +508,11 @@ def _model_config(
             f"set it to {longest} or less",
         )
     return result
+
+
+def _tokenizer_of(saved: Path) -> Path:
+    """The tokenizer of the run that a checkpoint is of."""
+    return saved.parents[1] / "tokenizer"
 
 
 def _extension(config: TrainingRun, path: str) -> build.NewRows:
