@@ -156,7 +156,7 @@ def weights(path: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, li
         rebuild_buffers(model)
         state = _model_state(model)
         vocabulary = vocabulary_names(model) & state.keys() if new_rows else set()
-        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata if vocabulary else {}
+        stored: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata if vocabulary else {}
         whole = {name: torch.empty(stored[f"model.{name}"].size, dtype=state[name].dtype) for name in vocabulary}
         dcp.load({"model": state | whole}, checkpoint_id=path)
         for name, tensor in whole.items():
