@@ -320,8 +320,15 @@ class DataConfig:
         names = [store.name for store in self.stores]
         if len(set(names)) < len(names):
             raise UserError(f"data.stores has the same name twice: {', '.join(names)}", "name each store")
+        places = [Path(store.path).resolve() for store in self.stores]
         for index, store in enumerate(self.stores):
             self._check_store(f"data.stores[{index}]", store)
+            if (first := places.index(places[index])) < index:
+                raise UserError(
+                    f"data.stores[{index}] ({store.name}) is the store of data.stores[{first}] "
+                    f"({self.stores[first].name}): {store.path}",
+                    "list it once, with the weight or tokens of both",
+                )
         weights = [store.weight for store in self.stores if store.weight is not None]
         if weights and not any(weights):
             raise UserError("no weight of data.stores is above 0", "give a store a weight")

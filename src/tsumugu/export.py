@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tsumugu.data.instructions import find_template
 from tsumugu.errors import UserError
 from tsumugu.model import build
-from tsumugu.tokenizer.contract import Contract, copy_tokenizer, read_contract
+from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
 ORIGIN = "tsumugu.json"
@@ -70,10 +70,10 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
         _write_weights(model, path, temporary)
         _write_config(model, config, dtype, temporary)
         _write_generation_config(config, contract, temporary)
-        if state["template"]:
+        if state["template"]:  # what it was trained with, in place of the tokenizer's own
             bos = "{{- bos_token -}}" if state["add_bos"] else ""
             chat_template = bos + find_template(state["template"]).chat_template()
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         temporary.rename(output)

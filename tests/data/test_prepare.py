@@ -265,7 +265,7 @@ def test_only_the_tokenizer_is_copied_from_its_folder(
 ):
     export = tmp_path / "export"
     shutil.copytree(tokenizer_folder, export)
-    for name in ("model.safetensors", "config.json", "chat_template.jinja", "README.md"):
+    for name in ("model.safetensors", "config.json", "README.md"):
         (export / name).write_text("of a model")
     make(text, tokenizer=str(export))
     copied = {path.name: path.read_bytes() for path in (tmp_path / "store" / "tokenizer").iterdir()}

@@ -373,7 +373,11 @@ def _write_manifest(
     manifest = {
         "version": store.FORMAT_VERSION,
         "kind": config.kind,
-        "tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size},
+        "tokenizer": {
+            "fingerprint": contract.fingerprint,
+            "vocab_size": contract.vocab_size,
+            "files": store.describe_files(output / store.TOKENIZER),
+        },
         "template": config.template if config.kind == "instructions" else None,
         "add_bos": contract.adds_bos if config.add_bos is None else config.add_bos,
         "add_eos": config.kind == "instructions" or (contract.adds_eos if config.add_eos is None else config.add_eos),

@@ -199,13 +199,34 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
 def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[int, Sequence[int]]) -> dict[str, Any]:
     """The tensors on disk of the embedding and the head, with new rows."""
     whole = meta_model(model.config, torch.float32)
-    modules = [module for module in (whole.get_input_embeddings(), whole.get_output_embeddings()) if module is not None]
-    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
-    names = [name for name, p in whole.named_parameters(remove_duplicate=False) if id(p) in parameters]
+    names = vocabulary_names(whole)
     on_disk = [disk for name in names for disk in disk_names(whole, {name: whole.get_parameter(name)})]
     # A folder of the model without its head leaves the prefix out.
     found = {key for key in state_dict for name in on_disk if name == key or name.endswith(f".{key}")}
     return {key: _Grown(state_dict[key], model.config.vocab_size, new_rows) for key in found}
+
+
+def vocabulary_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that have a row for every id: those of the input embedding and of the head."""
+    modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parameters}
+
+
+def grown(tensor: torch.Tensor, size: int, new_rows: NewRows) -> torch.Tensor:
+    """A whole tensor (ids, ...) with `size` rows, the new ones made as `pretrained` says."""
+    return _Grown(tensor, size, dict(new_rows))[...]
+
+
+def place(whole: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Copies a tensor that every process has whole into a parameter, or into this process's shard of it."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            whole = whole.to(parameter.device, parameter.dtype)
+            sliced = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(sliced.to_local())
+        else:
+            parameter.copy_(whole)
 
 
 class _Grown:

@@ -21,9 +21,10 @@ VERSION = 1
 _FILE = "contract.json"
 _SEAL = "tokenizer_json_sha256"
 EXTENSION_FILE = "extension.json"  # of extend.py
+CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *(EXTENSION_FILE, _FILE),
+    *(CHAT_TEMPLATE, EXTENSION_FILE, _FILE),
 )
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
@@ -187,7 +188,9 @@ def read_extension(path: Path) -> dict:
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copies a tokenizer and its contract, and nothing else that lies in the folder, such as the weights of a model."""
+    """Copies a tokenizer, its chat template and its contract, and nothing else, such as the weights of a model.
+
+    The template is no part of the fingerprint: it changes no id."""
     output.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).exists():

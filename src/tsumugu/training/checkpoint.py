@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from tsumugu.data.store import sha256
 from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
-from tsumugu.model.build import rebuild_buffers, tied_names
+from tsumugu.model.build import NewRows, grown, place, rebuild_buffers, tied_names, vocabulary_names
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -144,13 +144,23 @@ def read_state(run_dir: Path, step: int) -> dict:
     return json.loads((folder(run_dir, step) / STATE).read_text(encoding="utf-8"))
 
 
-def weights(path: Path) -> Callable[[PreTrainedModel, list], None]:
-    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh."""
+def weights(path: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh.
+
+    Args:
+        path: The checkpoint.
+        new_rows: Rows of the vocabulary that it lacks, as for `model.build.pretrained`.
+    """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
         rebuild_buffers(model)
-        contents = {"model": _model_state(model)}
-        dcp.load(contents, checkpoint_id=path)
+        state = _model_state(model)
+        vocabulary = vocabulary_names(model) & state.keys() if new_rows else set()
+        stored: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata if vocabulary else {}
+        whole = {name: torch.empty(stored[f"model.{name}"].size, dtype=state[name].dtype) for name in vocabulary}
+        dcp.load({"model": state | whole}, checkpoint_id=path)
+        for name, tensor in whole.items():
+            place(grown(tensor, len(state[name]), new_rows), state[name])
         model.tie_weights()
 
     return fill

@@ -117,7 +117,8 @@ class Trainer:
             _check_identity(state["identity"], self.identity, run_dir)
         self.compute_dtype = compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
-        fill = checkpoint.weights(saved) if saved else _starting_weights(config)
+        new = [] if saved is None or resumed else _extension(config, str(_tokenizer_of(saved)))
+        fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
         weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize
         parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
@@ -252,10 +253,14 @@ class Trainer:
         lengths = [length for batch in batches for length in batch.lengths][: len(stores)]
         by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
         counts += [int(count) for counted in by_store for count in counted]
-        total = torch.tensor(counts)
+        # every process puts its own data_seconds into a place of its own, so that the sum holds them all
+        waited = [0] * self.environment.world_size
+        waited[self.environment.rank] = int(data_seconds * 1e9)
+        total = torch.tensor([*counts, *waited])
         self._mark("exchanging counts with the other processes")
         dist.all_reduce(total)
-        stops, supervised, tokens, squared_lengths, *counts_by_store = total.tolist()
+        stops, supervised, tokens, squared_lengths, *counts_by_store = total[: len(counts)].tolist()
+        data_seconds = total[len(counts) :].max().item() / 1e9  # of the slowest
         if stops:
             return None
         if self.step in self.passed_over:
@@ -437,8 +442,9 @@ class Trainer:
     def _write_mixture(self) -> None:
         if self.mixed:
             reported = report(self.data.mixture, self.rows_by_store, self.tokens_by_store)
-            content = json.dumps(reported, ensure_ascii=False, indent=1)
-            (self.run_dir / "mixture.json").write_text(content, encoding="utf-8")
+            partial = self.run_dir / ".mixture.json"
+            partial.write_text(json.dumps(reported, ensure_ascii=False, indent=1), encoding="utf-8")
+            partial.replace(self.run_dir / "mixture.json")
 
     def _say_mixture(self) -> None:
         if self.mixed and self.metrics:
@@ -529,7 +535,7 @@ class Launched:
         step: Its number, counted from 1.
         tokens: Inputs on all processes.
         squared_lengths: Of its rows, their sum.
-        data_seconds: Taken by reading them.
+        data_seconds: For which the slowest process made its rows.
         values: From `Trainer._update`; None for a step without a supervised token, which changes nothing.
     """
 
@@ -724,7 +730,10 @@ def _model_config(
         run_dir = saved.parents[1]
         result = build.read_config(str(run_dir / "model"))
         if not resumed:
-            _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", str(config.train.start_from))
+            own, extension = str(_tokenizer_of(saved)), _extension(config, str(_tokenizer_of(saved)))
+            _check_tokenizer(own, contract, "train.start_from", str(config.train.start_from), extension)
+            if extension:
+                result.vocab_size = max(result.vocab_size, contract.vocab_size)
     else:
         assert model.pretrained is not None
         name = model.pretrained
@@ -746,6 +755,11 @@ def _model_config(
             f"set it to {longest} or less",
         )
     return result
+
+
+def _tokenizer_of(saved: Path) -> Path:
+    """The tokenizer of the run that a checkpoint is of."""
+    return saved.parents[1] / "tokenizer"
 
 
 def _extension(config: TrainingRun, path: str) -> build.NewRows:
