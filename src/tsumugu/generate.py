@@ -42,7 +42,7 @@ class Generator:
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
-        self.specials: dict[str, int | None] = {}
+        self.specials: dict[str, int] = {}
         self.stop_ids = _ids(self.model.generation_config.eos_token_id)
         if self.template:
             self.specials = {EOS: self.tokenizer.eos_token_id, **special_ids(folder)}

@@ -1,4 +1,4 @@
-"""Every template: its published form to the letter, stock transformers' ids and mask of its chat template, its tokens."""
+"""Every template: its published form to the letter, stock transformers' ids and mask of it, its tokens."""
 
 from pathlib import Path
 
@@ -327,6 +327,7 @@ def test_a_template_of_ones_own(tokenizer_folder: Path, tmp_path: Path):
         ("without_input: '{instruction}'\nseveral_turns: maybe", "yes or trained or no"),
         ("without_input: '{system}{instruction}'", "there is no system"),
         ("without_input: '{instruction}'\ndefault_system: a", "default_system without system"),
+        ("without_input: '{instruction}\\n'", "a backslash and an n.*double quotes"),
         ("a", "holds no template"),
         ("a: [", "own.yaml:1: not YAML|not YAML"),
     ],

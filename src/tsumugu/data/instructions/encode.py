@@ -109,7 +109,7 @@ def prompt_ids(
     template: Template | ChatTemplate,
     encode: _Encode,
     bos: list[int],
-    specials: Mapping[str, int | None],
+    specials: Mapping[str, int],
 ) -> list[int]:
     """The ids of a conversation that ends with a question, up to where the reply begins, as they are in training.
 
@@ -205,7 +205,7 @@ def check_template(template: Template | ChatTemplate, name: str, tokenizer: Path
     prompt = template.segments(probe[:1])
     if any(segment.special for segment in prompt):
         text = "".join((eos or "") if segment.text == EOS else segment.text for segment in prompt)
-        ids = prompt_ids(probe[:1], template, encoder, [], {**specials, EOS: contract.eos_id})
+        ids = prompt_ids(probe[:1], template, encoder, [], {EOS: contract.eos_id, **specials})
         fast.encode_special_tokens = False
         if [int(id) for id in ids] != fast.encode(text, add_special_tokens=False).ids:
             raise UserError(

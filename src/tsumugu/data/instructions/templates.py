@@ -7,10 +7,10 @@ becomes a special token. The published forms that are built in are named where t
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -91,7 +91,7 @@ class Template:
 
     def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
         """A user's message in its form, as text."""
-        return "".join(text for text, _ in self._user(Message("user", instruction, input=input), "", first))
+        return "".join(text for text, _ in self._user(Message("user", instruction, input=input), (), first))
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation as pieces; one that ends with the user's message is a prompt, up to where the reply begins.
@@ -111,19 +111,21 @@ class Template:
         offset = len(messages) - len(turns)
         segments: list[Segment] = []
 
-        def add(pieces: Iterator[tuple[str, bool]], turn: int, train: bool, reply: bool = False) -> None:
+        def add(pieces: Iterable[tuple[str, bool]], turn: int, train: bool, reply: bool = False) -> None:
             segments.extend(Segment(text, reply, train, turn, special) for text, special in pieces if text)
 
-        shown = [(self._system_text(system), False)] if system else []
-        if shown and not self._system_inside:
-            add(self._filled(self.system or "", content=shown[0][0]), 0, messages[0].train)
+        shown = list(self._filled(self.system or "", content=self._system_text(system))) if system else []
+        if not self._system_inside:
+            add(shown, 0, messages[0].train)
         for index, turn in enumerate(turns):
             if turn.role == "user":
                 first = index == 0
-                within = first and shown and self._system_inside
-                inside = list(self._filled(self.system or "", content=shown[0][0])) if within else ()
                 # a message with the system message inside it is to be learned where both of them are
-                add(self._user(turn, inside, first), index + offset, turn.train and (not first or messages[0].train))
+                add(
+                    self._user(turn, shown if first else (), first),
+                    index + offset,
+                    turn.train and (not first or messages[0].train),
+                )
                 add(
                     self._filled(self.assistant),
                     index + offset + 1,
@@ -132,9 +134,9 @@ class Template:
                 continue
             last = index == len(turns) - 1
             generated = last or self.earlier_replies == "as_generated"
-            add(iter([(self._reply_text(turn.content, last), False)]), index + offset, turn.train, generated)
+            add([(self._reply_text(turn.content, last), False)], index + offset, turn.train, generated)
             if generated or self.earlier_replies != "without_stop":
-                add(iter([(self.stop, True)]), index + offset, turn.train, generated)
+                add([(self.stop, True)], index + offset, turn.train, generated)
             add(self._filled(self.after_stop), index + offset, turn.train)
         return segments
 
@@ -157,9 +159,7 @@ class Template:
                 content = f"<think>\n{thoughts}\n</think>\n\n{content.lstrip(chr(10))}"
         return self._text(content)
 
-    def _user(
-        self, turn: Message, system: str | Iterator[tuple[str, bool]] | tuple, first: bool
-    ) -> Iterator[tuple[str, bool]]:
+    def _user(self, turn: Message, system: Iterable[tuple[str, bool]], first: bool) -> Iterable[tuple[str, bool]]:
         form = self._form(bool(turn.input), first)
         instruction = turn.content
         if turn.input and "{input}" not in form:
@@ -172,7 +172,7 @@ class Template:
             forms = [*([] if first else [self.next_with_input]), self.with_input, *forms]
         return next(filter(None, forms))
 
-    def _filled(self, form: str, system=(), **values: str) -> Iterator[tuple[str, bool]]:
+    def _filled(self, form: str, system: Iterable[tuple[str, bool]] = (), **values: str) -> Iterable[tuple[str, bool]]:
         """The pieces (text, whether it is a special token) of a form; only what the form itself spells is special."""
         # one pass: braces and tokens in the user's text stay what they are, and are never filled in themselves
         text = ""
@@ -222,9 +222,7 @@ class Template:
             if not self._system_inside:
                 messages.append("{%- if system -%}{{- " + _jinja(self.system, content="system") + " -}}{%- endif -%}")
         inside = f"({_jinja(self.system or '', content='system')} if system else '')"
-        first, further = (
-            _jinja(self._form(False, is_first), system=inside, instruction="content") for is_first in (True, False)
-        )
+        first = _jinja(self._form(False, True), system=inside, instruction="content")
         further = _jinja(self._form(False, False), system="''", instruction="content")
         reply = "content"
         if self.earlier_replies == "without_thoughts":
@@ -452,44 +450,22 @@ def _read(path: Path) -> Template:
     return _from_keys(keys, str(path))
 
 
+_CHOICES = {
+    "earlier_replies": ("as_generated", "without_stop", "without_thoughts"),
+    "several_turns": ("yes", "trained", "no"),
+}
+
+
 def _from_keys(keys: dict, place: str) -> Template:
     """A template from its fields, checked."""
-    fields = {field.name: field for field in dataclasses.fields(Template)}
-    for key, value in keys.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            raise UserError(
-                f"{place}: unknown key {key}", f"did you mean {near[0]}?" if near else f"known: {', '.join(fields)}"
-            )
-        choices = {
-            "earlier_replies": ("as_generated", "without_stop", "without_thoughts"),
-            "several_turns": ("yes", "trained", "no"),
-        }.get(key)
-        if key in ("special_tokens", "text_tokens"):
-            right, wanted = (
-                isinstance(value, list | tuple) and all(isinstance(v, str) and v for v in value),
-                "a list of tokens",
-            )
-        elif choices:
-            value = {True: "yes", False: "no"}.get(value, value)  # as YAML reads them
-            right, wanted = value in choices, " or ".join(choices)
-        elif key == "strip":
-            right, wanted = isinstance(value, bool), "true or false"
-        else:
-            right, wanted = isinstance(value, str) or (key == "system" and value is None), "text, in quotes"
-        if not right:
-            raise UserError(f"{place}: {key} is {value!r}", f"give {wanted}")
+    names = [field.name for field in dataclasses.fields(Template)]
+    if unknown := [key for key in keys if key not in names]:
+        near = difflib.get_close_matches(str(unknown[0]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+        raise UserError(f"{place}: unknown key {unknown[0]}", hint)
     if "without_input" not in keys:
         raise UserError(f"{place}: no without_input", "give the form of a user's message, with {instruction}")
-    values = {
-        k: tuple(v)
-        if k.endswith("_tokens")
-        else {True: "yes", False: "no"}[v]
-        if k == "several_turns" and isinstance(v, bool)
-        else v
-        for k, v in keys.items()
-    }
-    template = Template(**values)
+    template = Template(**{key: _value(key, value, place) for key, value in keys.items()})
     for key, places in {
         "without_input": ("instruction",),
         "with_input": ("instruction", "input"),
@@ -498,6 +474,8 @@ def _from_keys(keys: dict, place: str) -> Template:
         "system": ("content",),
     }.items():
         form = getattr(template, key)
+        if "\\n" in (form or ""):
+            raise UserError(f"{place}: {key} has a backslash and an n", "write it in double quotes for a newline")
         for name in places if form else ():
             if form.count(f"{{{name}}}") != 1:
                 raise UserError(f"{place}: {key} must have {{{name}}} once", f"it is {form!r}")
@@ -508,3 +486,21 @@ def _from_keys(keys: dict, place: str) -> Template:
     if template.default_system and template.system is None:
         raise UserError(f"{place}: default_system without system", "give system: with {content}")
     return template
+
+
+def _value(key: str, value: Any, place: str) -> Any:
+    if key == "several_turns" and isinstance(value, bool):  # what YAML makes of yes and no
+        value = "yes" if value else "no"
+    if key.endswith("_tokens"):
+        if isinstance(value, list) and all(isinstance(token, str) and token for token in value):
+            return tuple(value)
+        right, wanted = False, "a list of tokens"
+    elif key in _CHOICES:
+        right, wanted = value in _CHOICES[key], " or ".join(_CHOICES[key])
+    elif key == "strip":
+        right, wanted = isinstance(value, bool), "true or false"
+    else:
+        right, wanted = isinstance(value, str) or (key == "system" and value is None), "text, in quotes"
+    if not right:
+        raise UserError(f"{place}: {key} is {value!r}", f"give {wanted}")
+    return value
