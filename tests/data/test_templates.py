@@ -24,6 +24,7 @@ from tsumugu.data.instructions.templates import EOS, Template
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.extend import Token, add_tokens
+from tsumugu.tokenizer.importer import import_tokenizer
 
 SYSTEM = Message("system", "短く答える。")
 QUESTION, REPLY = Message("user", "空の色は？"), Message("assistant", "青です。")
@@ -262,6 +263,32 @@ def test_a_message_that_is_not_to_be_trained_on_takes_its_stop_token_along(named
     _, mask = ours(name, folder, untrained, "everything")
     assert not mask.all()
     assert mask[last == 1].all()
+
+
+@pytest.fixture(scope="module", params=["llm-jp-v2.2-48k", "llm-jp-v3.1-100k"])
+def real(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real tokenizer, which puts a space in front of every text."""
+    model = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / f"{request.param}.model"
+    if not model.exists():
+        pytest.skip("no shared/data/tokenizers")
+    output = tmp_path_factory.mktemp("real") / "t"
+    import_tokenizer(str(model), output, [])
+    return output
+
+
+@pytest.mark.parametrize("name", ["chatml", "llm-jp"])
+def test_a_space_in_front_of_every_text_is_not_put_in_front_of_replies(name: str, real: Path, tmp_path: Path):
+    folder = extended(name, real, tmp_path / "t")
+    stock = AutoTokenizer.from_pretrained(folder)
+    stock.chat_template = jinja_of(TEMPLATES[name], False)
+    messages = [SYSTEM, *CHAT]
+    expected = stock.apply_chat_template(as_dicts(messages), return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = ours(name, folder, messages)
+    assert (ids.tolist(), mask.tolist()) == (expected["input_ids"], expected["assistant_masks"])
+    specials = {EOS: stock.eos_token_id, **special_ids(folder)}
+    prompt = prompt_ids(messages[:-1], TEMPLATES[name], BulkEncoder(folder), [], specials)
+    text = {"tokenize": True, "add_generation_prompt": True}
+    assert prompt == stock.apply_chat_template(as_dicts(messages[:-1]), **text)["input_ids"]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from tsumugu.data.instructions.records import Message, UnusableError
 from tsumugu.data.instructions.templates import Segment, cut
@@ -158,10 +159,12 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        turns = [{"role": m.role, "content": f"{m.content}\n\n{m.input}" if m.input else m.content} for m in messages]
+        turns: list[Any] = [
+            {"role": m.role, "content": f"{m.content}\n\n{m.input}" if m.input else m.content} for m in messages
+        ]
         marked = bool(_GENERATION.search(self.jinja))
         try:
-            rendered, spans = render_jinja_template(
+            rendered, spans = cast(Any, render_jinja_template)(
                 conversations=[turns],
                 chat_template=self.jinja,
                 add_generation_prompt=prompt,

@@ -1,13 +1,14 @@
 """Pieces of conversations to ids and a supervision mask, and whether a tokenizer can express a template at all.
 
-Text between special tokens is encoded in one go, as stock transformers encodes a rendered chat template, but for one
-place: a reply begins anew, as generation does.
+Text between special tokens has the ids that stock transformers gives it in a rendered chat template, as long as the ids
+of a prompt are those of the prompt alone, from which generation goes on.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, groupby
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,15 @@ from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
 
 _Encode = Callable[[list[str]], Sequence]
+
+
+class _Section(NamedTuple):
+    """What is encoded in one go: text, or the name of one special token."""
+
+    text: str
+    special: bool
+    supervised: bool
+
 
 # What a template is tried on.
 PROBE = [
@@ -68,7 +78,7 @@ def encode_conversations(
         UserError: As of the template's `segments`, by which a caller finds out beforehand.
     """
     ids_of = {EOS: eos, **(specials or {})}
-    checked = isinstance(template, ChatTemplate)
+    apart = isinstance(template, Template) and template.reply_apart
     results: list = []
     texts: list[str] = []
     for messages in conversations:
@@ -78,30 +88,59 @@ def encode_conversations(
             results.append(error)
             continue
         sections = _sections(segments, _supervised(segments, train_on))
-        whole = _joined(sections) if checked else []
-        results.append((sections, whole))
-        texts += [text for text, special, _ in chain(sections, whole) if not special]
+        results.append(sections)
+        texts += chain.from_iterable(_texts(sections, apart))
     encoded = iter(encode(texts))
-
-    def ids(sections: list[tuple[str, bool, bool]]) -> list[np.ndarray]:
-        return [
-            np.atleast_1d(np.asarray(ids_of[text] if special else next(encoded), np.int64))
-            for text, special, _ in sections
-        ]
-
-    for index, result in enumerate(results):
-        if isinstance(result, UnusableError):
+    for index, sections in enumerate(results):
+        if isinstance(sections, UnusableError):
             continue
-        sections, whole = result
-        parts = ids(sections)
-        if checked and not np.array_equal(np.concatenate(parts), np.concatenate(ids(whole))):
+        parts, merged = _ids(sections, [list(islice(encoded, len(own))) for own in _texts(sections, apart)], ids_of)
+        if merged and isinstance(template, ChatTemplate):
             results[index] = UnusableError("a reply merges with the chat template's text in front of it")
             continue
         parts = [np.array(bos, np.int64), *parts]
-        flags = [train_on == "everything", *(flag for *_, flag in sections)]
+        flags = [train_on == "everything", *(section.supervised for section in sections)]
         mask = np.repeat(np.array(flags, np.uint8), [len(part) for part in parts])
         results[index] = (np.concatenate(parts), mask)
     return results
+
+
+def _texts(sections: list[_Section], apart: bool) -> list[list[str]]:
+    """What is to be encoded for each section: nothing for a special token; where text follows text, also that text, and
+    both together."""
+    wanted, before = [], ""
+    for section in sections:
+        if section.special:
+            wanted.append([])
+            before = ""
+        else:
+            wanted.append([section.text, before, before + section.text] if before and not apart else [section.text])
+            before += section.text
+    return wanted
+
+
+def _ids(
+    sections: list[_Section], encoded: list[list[np.ndarray]], ids_of: Mapping[str, Any]
+) -> tuple[list[np.ndarray], bool]:
+    """The ids of each section, and whether text merges with text before it.
+
+    Text that follows text has the ids that it adds: so the whole is encoded as stock transformers does. Where the whole
+    does not begin with the ids of what comes before, it has its own: what comes before is a prompt, of which generation
+    knows no more.
+    """
+    parts, merged = [], False
+    for section, own in zip(sections, encoded, strict=True):
+        arrays = [np.asarray(ids, np.int64) for ids in own]
+        if section.special:
+            parts.append(np.array([ids_of[section.text]], np.int64))
+        elif len(arrays) == 1:
+            parts.append(arrays[0])
+        else:
+            alone, before, whole = arrays
+            follows = np.array_equal(whole[: len(before)], before) and len(whole) > len(before)
+            parts.append(whole[len(before) :] if follows else alone)
+            merged = merged or not follows
+    return parts, merged
 
 
 def prompt_ids(
@@ -109,7 +148,7 @@ def prompt_ids(
     template: Template | ChatTemplate,
     encode: _Encode,
     bos: list[int],
-    specials: Mapping[str, int],
+    specials: Mapping[str, Any],
 ) -> list[int]:
     """The ids of a conversation that ends with a question, up to where the reply begins, as they are in training.
 
@@ -119,8 +158,10 @@ def prompt_ids(
     """
     segments = template.segments(messages)
     sections = _sections(segments, [False] * len(segments))
-    encoded = iter(encode([text for text, special, _ in sections if not special]))
-    return [*bos, *chain.from_iterable([specials[text]] if special else next(encoded) for text, special, _ in sections)]
+    texts = _texts(sections, isinstance(template, Template) and template.reply_apart)
+    encoded = iter(encode(list(chain.from_iterable(texts))))
+    parts, _ = _ids(sections, [list(islice(encoded, len(own))) for own in texts], specials)
+    return np.concatenate([np.array(bos, np.int64), *parts]).tolist()
 
 
 def _supervised(segments: list[Segment], train_on: str) -> list[bool]:
@@ -133,26 +174,16 @@ def _supervised(segments: list[Segment], train_on: str) -> list[bool]:
     return [segment.train and chosen(segment) for segment in segments]
 
 
-def _sections(segments: list[Segment], supervised: list[bool]) -> list[tuple[str, bool, bool]]:
-    """What is encoded in one go: (text, whether it is a special token, whether it is supervised)."""
-    sections: list[tuple[str, bool, bool]] = []
-    begins = True
+def _sections(segments: list[Segment], supervised: list[bool]) -> list[_Section]:
+    """Segments, text joined with text before it where both are supervised or neither, but for a reply."""
+    sections: list[_Section] = []
     for segment, flag in zip(segments, supervised, strict=True):
-        if segment.special or begins or sections[-1][2] != flag or segment.reply:
-            sections.append((segment.text, segment.special, flag))
+        last = sections[-1] if sections else None
+        if last is None or last.special or segment.special or segment.reply or last.supervised != flag:
+            sections.append(_Section(segment.text, segment.special, flag))
         else:
-            sections[-1] = (sections[-1][0] + segment.text, False, flag)
-        begins = segment.special
+            sections[-1] = _Section(last.text + segment.text, False, flag)
     return sections
-
-
-def _joined(sections: list[tuple[str, bool, bool]]) -> list[tuple[str, bool, bool]]:
-    """The same with all text between special tokens in one."""
-    joined = []
-    for special, own in groupby(sections, key=lambda section: section[1]):
-        texts = [text for text, *_ in own]
-        joined += [(text, True, False) for text in texts] if special else [("".join(texts), False, False)]
-    return joined
 
 
 def check_template(template: Template | ChatTemplate, name: str, tokenizer: Path, contract: Contract) -> None:

@@ -66,6 +66,8 @@ class Template:
         text_tokens: Strings that must be one id each, and may be found in text.
         newline: What newlines in messages become.
         strip: Whether messages lose white space at both ends.
+        reply_apart: Whether a reply is encoded as a text for itself (alpaca, since ever), with the space that some
+            tokenizers put in front of every text; else as what follows the prompt.
         earlier_replies: How replies before the last one are shown: as_generated; without_stop (rinna); without_thoughts
             (what stands between <think> and </think> is left out, and the last reply always has it, if empty). Where
             they are not shown as they are generated they are no longer replies, but part of the prompt.
@@ -86,6 +88,7 @@ class Template:
     text_tokens: tuple[str, ...] = ()
     newline: str = "\n"
     strip: bool = False
+    reply_apart: bool = False
     earlier_replies: Literal["as_generated", "without_stop", "without_thoughts"] = "as_generated"
     several_turns: Literal["yes", "trained", "no"] = "yes"
 
@@ -321,6 +324,7 @@ def _alpaca(first: str, first_with_input: str, turn: str, turn_with_input: str) 
         next_without_input=turn,
         next_with_input=turn_with_input,
         several_turns="trained",
+        reply_apart=True,
     )
 
 
@@ -497,7 +501,7 @@ def _value(key: str, value: Any, place: str) -> Any:
         right, wanted = False, "a list of tokens"
     elif key in _CHOICES:
         right, wanted = value in _CHOICES[key], " or ".join(_CHOICES[key])
-    elif key == "strip":
+    elif key in ("strip", "reply_apart"):
         right, wanted = isinstance(value, bool), "true or false"
     else:
         right, wanted = isinstance(value, str) or (key == "system" and value is None), "text, in quotes"
