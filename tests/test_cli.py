@@ -483,7 +483,7 @@ def test_the_tokenizer_commands_refuse_in_one_line(made, tmp_path, refused, toke
     assert "no/such-tokenizer: no such file" in refused("tokenizer", "import", "no/such-tokenizer", *output)
     assert "not empty" in refused("tokenizer", "import", tokenizer_folder, "--output", made)
     assert "holds no tokenizer.json" in refused("tokenizer", "import", made, *output)
-    assert "--tokens --train is required" in refused("tokenizer", "extend", tokenizer_folder, *output)
+    assert "--tokens --template --train is required" in refused("tokenizer", "extend", tokenizer_folder, *output)
     extend = ("tokenizer", "extend", tokenizer_folder, *output)
     assert "goes with --train" in refused(*extend, "--tokens", "t", "--vocab-size", 900)
     assert "goes with --train" in refused(*extend, "--train", made / "corpus.jsonl")

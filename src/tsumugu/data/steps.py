@@ -25,6 +25,8 @@ from tsumugu.data.comparison import dedup
 from tsumugu.data.comparison.contamination import Contamination
 from tsumugu.data.documents import Documents, DocumentWriter
 from tsumugu.data.executor import Progress
+from tsumugu.data.instructions.chat import ChatTemplate
+from tsumugu.data.instructions.encode import special_ids
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder
@@ -63,6 +65,12 @@ def _encoder(folder: str, fingerprint: str) -> BulkEncoder:
 
 
 @functools.lru_cache(maxsize=1)
+def _template(name: str, tokenizer: str) -> instructions.Template | ChatTemplate:
+    """One a process."""
+    return instructions.find_template(name, Path(tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
 def _contamination(identities: tuple) -> Contamination | None:
     """One a process, of the files at the head of `identities`."""
     return Contamination([path for path, *_ in identities]) if identities else None
@@ -71,6 +79,13 @@ def _contamination(identities: tuple) -> Contamination | None:
 def contamination_of(config: PrepareConfig) -> Contamination | None:
     files = corpus.find_files(config.contamination) if config.contamination else []
     return _contamination(tuple(map(tuple, corpus.fingerprints(files))))
+
+
+def adds_bos(config: PrepareConfig, contract: Contract) -> bool:
+    """Whether a bos token is stored before every document; a tokenizer's own chat template writes it by itself."""
+    if config.kind == "instructions" and config.template == "chat":
+        return False
+    return contract.adds_bos if config.add_bos is None else config.add_bos
 
 
 class Tally:
@@ -161,7 +176,7 @@ def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
     if task.source.kind == "text":
         return corpus.column_of(record, task.columns[0])
     messages = instructions.messages_of(record.values, task.source.fields)
-    instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+    _template(config.template, config.tokenizer).segments(messages)  # refuses what it has no place for
     return instructions.to_json(messages)
 
 
@@ -250,8 +265,8 @@ class Fit(PipelineStep):
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for documents in _batches(data):
             fit = _fit(documents)
-            for document, arrays in zip(fit, self.encoding(fit), strict=True):
-                document.metadata["dropped"] = self.encoding.unfit(*arrays)
+            for document, encoded in zip(fit, self.encoding(fit), strict=True):
+                document.metadata["dropped"] = self.encoding.unfit(encoded)
             yield from documents
 
 
@@ -332,12 +347,13 @@ class Encode(PipelineStep):
         progress = Progress(output / WORK / self.stage, rank)
         for documents in _batches(data):
             wanted = _wanted(documents, tally)
-            for document, arrays in zip(wanted, self.encoding(wanted), strict=True):
-                if reason := self.encoding.unfit(*arrays):
+            for document, encoded in zip(wanted, self.encoding(wanted), strict=True):
+                reason = self.encoding.unfit(encoded)
+                if reason or isinstance(encoded, UserError):
                     document.metadata["dropped"] = reason
                     tally.drop(document)
                     continue
-                writers["validation" if document.metadata["validation"] else "train"].add(*arrays)
+                writers["validation" if document.metadata["validation"] else "train"].add(*encoded)
                 tally.counts["documents"] += 1
                 tally.counts["characters"] += len(document.text)
             progress.show(documents[-1].metadata["at"])
@@ -350,40 +366,45 @@ class _Encoding:
 
     def __init__(self, config: PrepareConfig, contract: Contract):
         self.config, self.contract = config, contract
-        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
+        add_bos = adds_bos(config, contract)
         add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
         self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
         self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
 
-    def __call__(self, documents: list[Document]) -> Iterable[tuple[np.ndarray, ...]]:
-        """(ids,) of each document, (ids, mask) of each conversation."""
+    def __call__(self, documents: list[Document]) -> Iterable[tuple[np.ndarray, ...] | UserError]:
+        """(ids,) of each document, (ids, mask) of each conversation or why it cannot be used."""
         encode = _encoder(self.config.tokenizer, self.contract.fingerprint)
         encode_all = self._encode_conversations if self.config.kind == "instructions" else self._encode_texts
         return encode_all(documents, encode)
 
-    def unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
+    def unfit(self, encoded: tuple[np.ndarray, ...] | UserError) -> str | None:
         """Why it is not stored, where it is not."""
+        if isinstance(encoded, UserError):
+            return encoded.message
+        ids, *masks = encoded
         if len(ids) == 0:
             return "empty"
         if self.config.max_length and len(ids) > self.config.max_length:
             return "longer than prepare.max_length"
-        return "no supervised token" if mask is not None and not mask.any() else None
+        return "no supervised token" if masks and not masks[0].any() else None
 
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids,) of each document, without tokens where it encodes to none."""
         for ids in encode([document.text for document in documents]):
             yield (np.concatenate([self.before, ids, self.after]) if len(ids) else ids,)
 
-    def _encode_conversations(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
-        """(ids, mask) of each conversation."""
-        assert self.contract.eos_id is not None
+    def _encode_conversations(
+        self, documents: list[Document], encode: BulkEncoder
+    ) -> Iterable[tuple[np.ndarray, ...] | UserError]:
+        """(ids, mask) of each conversation, or why it cannot be used."""
         return instructions.encode_conversations(
             [instructions.from_json(document.text) for document in documents],
-            instructions.find_template(self.config.template),
+            _template(self.config.template, self.config.tokenizer),
             encode,
             self.before.tolist(),
             self.contract.eos_id,
             self.config.train_on,
+            special_ids(Path(self.config.tokenizer)),
         )
 
 
