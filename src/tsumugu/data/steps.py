@@ -19,7 +19,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, instructions, store
+from tsumugu.data import corpus, instructions, store, too_long
 from tsumugu.data.cleaning.clean import Cleaner
 from tsumugu.data.comparison import dedup
 from tsumugu.data.comparison.contamination import Contamination
@@ -316,13 +316,21 @@ class Encode(PipelineStep):
             wanted = _wanted(documents, tally)
             encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
             for document, arrays in zip(wanted, encoded, strict=True):
-                if reason := self._unfit(*arrays):
+                parts, shortened = [arrays], None
+                if supervised and self.config.max_length and len(arrays[0]) > self.config.max_length:
+                    parts, shortened = too_long.fit(
+                        *arrays, self.config.max_length, self.config.too_long, head=len(self.before)
+                    )
+                if reason := self._unfit(*parts[0]) if parts else "longer than prepare.max_length":
                     document.metadata["dropped"] = reason
                     tally.drop(document)
                     continue
-                writers["validation" if document.metadata["validation"] else "train"].add(*arrays)
-                tally.counts["documents"] += 1
+                for part in parts:
+                    writers["validation" if document.metadata["validation"] else "train"].add(*part)
+                tally.counts["documents"] += len(parts)
                 tally.counts["characters"] += len(document.text)
+                if shortened:
+                    tally.counts[shortened] += 1
             progress.show(documents[-1].metadata["at"])
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
@@ -330,8 +338,6 @@ class Encode(PipelineStep):
     def _unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
         if len(ids) == 0:
             return "empty"
-        if self.config.max_length and len(ids) > self.config.max_length:
-            return "longer than prepare.max_length"
         return "no supervised token" if mask is not None and not mask.any() else None
 
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
