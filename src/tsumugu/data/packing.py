@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def boundaries(self) -> np.ndarray | None:
-        """(documents + 1,) int32: where documents, and what fills rows up, begin and end in the rows laid end to end."""
+        """(documents + 1,) int32: where documents, and what fills rows up, begin and end, rows laid end to end."""
         if self.documents is None:
             return None
         lengths = [part for parts in self.documents for part in _filled_up(parts, self.input_ids.shape[1])]
