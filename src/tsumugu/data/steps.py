@@ -317,10 +317,10 @@ class Encode(PipelineStep):
             encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
             for document, arrays in zip(wanted, encoded, strict=True):
                 parts, shortened = [arrays], None
-                if supervised and self.config.max_length and len(arrays[0]) > self.config.max_length:
-                    parts, shortened = too_long.fit(
-                        *arrays, self.config.max_length, self.config.too_long, head=len(self.before)
-                    )
+                most = self.config.max_length
+                if supervised and most and len(arrays[0]) > most:
+                    ids, mask = arrays
+                    parts, shortened = too_long.fit(ids, mask, most, self.config.too_long, head=len(self.before))
                 if reason := self._unfit(*parts[0]) if parts else "longer than prepare.max_length":
                     document.metadata["dropped"] = reason
                     tally.drop(document)

@@ -83,13 +83,13 @@ def varlen_attention(
     assert attention_mask is None
     batch, heads, tokens, _size = query.shape
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    grouped = {}
+    grouped: dict[str, Any] = {}
     if key.shape[1] != heads:
         if _KNOWS_GQA:
             grouped = {"enable_gqa": True}
         else:
             key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-    output = varlen_attn(
+    output: Any = varlen_attn(  # a tensor, since nothing else is asked for
         query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
         scale=scaling, window_size=(-1, 0), **grouped,
     )  # fmt: skip
