@@ -186,6 +186,23 @@ def test_packed_and_grouped_steps_are_the_same_on_any_mesh(packing, folder, two_
             torch.testing.assert_close(two_ranks[1][packing, shards][name], weight, rtol=0, atol=1e-10)
 
 
+def test_several_steps_of_the_whole_store_end_in_the_same_weights_however_rows_are_made(folder, tmp_path):
+    bins = rows_of(
+        DataConfig(store="", sequence_length=WIDTH, packing="best_fit"), open_store(folder / "instructions").train,
+        3, supervised=True, seed=SEED,
+    )  # fmt: skip
+    found = []
+    for packing, changes in PACKINGS.items():
+        rows = len(bins) if packing == "best_fit" else DOCUMENTS
+        batch = {"train.global_batch_size": rows, "train.micro_batch_size": rows, "train.max_epochs": 4.0}
+        found.append(train(folder, tmp_path, changes | batch, 4))
+    start = train(folder, tmp_path, {"data.packing": "pad_left"}, 0)
+    for name, weight in found[1].items():
+        assert not torch.equal(weight, start[name])
+        for other in found:
+            torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-9)
+
+
 def test_validation_is_the_same_however_rows_are_made(folder, tmp_path):
     losses = [train(folder, tmp_path, changes, 0)["validation"].item() for changes in PACKINGS.values()]
     assert max(losses) - min(losses) < 1e-12

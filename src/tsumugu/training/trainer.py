@@ -110,11 +110,12 @@ class Trainer:
         self.attention: str | None = None
         if config.data.documents_apart:
             self.attention = attention.keep_documents_apart(self.model, compute_dtype)
-            self._check_isolation(compute_dtype)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resumed:
             checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
         self._take_over(state)
+        if self.attention:
+            self._check_isolation(compute_dtype)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
@@ -130,6 +131,7 @@ class Trainer:
             far = math.inf
         else:
             far = crossing(self.logits, rows, shape, self.model_config.vocab_size, dtype)
+            self.model.reshard()  # else the root's parameters stay whole until a backward pass
         if far:
             raise UserError(
                 f"a model of type {name} does not keep the documents of a row apart, which "
