@@ -10,6 +10,7 @@ import inspect
 import json
 import math
 import time
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
@@ -131,7 +133,7 @@ class Trainer:
             far = math.inf
         else:
             far = crossing(self.logits, rows, shape, self.model_config.vocab_size, dtype)
-            self.model.reshard()  # else the root's parameters stay whole until a backward pass
+            typing.cast(FSDPModule, self.model).reshard()  # else the root's parameters stay whole until a backward pass
         if far:
             raise UserError(
                 f"a model of type {name} does not keep the documents of a row apart, which "
