@@ -166,7 +166,10 @@ SOURCES = [{"name": "texts", "path": "corpus.jsonl"}]
         ("train: {seed: 2024-13-45}", ["wrong.yaml: not YAML: month must be in 1..12"]),
         ("data: [1]", ["wrong.yaml: data holds no keys but [1]"]),
         ("train: {seed: 1.5}", ["wrong.yaml: train.seed: expected int, got 1.5"]),
-        ("train: {log_to: [comet]}", ["wrong.yaml: train.log_to: expected 'tensorboard', 'mlflow', 'wandb', got comet"]),
+        (
+            "train: {log_to: [comet]}",
+            ["wrong.yaml: train.log_to: expected 'tensorboard', 'mlflow', 'wandb', got comet"],
+        ),
         ("train:\n  seed: 1\n  log_every: 2\n  seed: 3\n", ["wrong.yaml:4:", "the key seed is given twice"]),
         ("train: {seed: 1}\ndata: {}\ntrain: {seed: 1}\n", ["wrong.yaml:3:", "the key train is given twice"]),
     ],

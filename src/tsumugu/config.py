@@ -180,7 +180,9 @@ class PrepareConfig:
     train_on: Literal["responses", "last_response", "everything"] = "responses"
     """For instructions: which tokens are supervised."""
     max_length: int | None = None
-    """For instructions: longest example in tokens; longer ones are dropped and counted."""
+    """For instructions: longest example in tokens; longer ones are counted, and treated as too_long says."""
+    too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
+    """For instructions: drop, cut the first prompt from its left (or drop where that is not enough), or split."""
     workers: int | None = None
     """Processes (slurm: tasks at a time); default: one a core."""
     executor: Literal["local", "slurm", "ray"] = "local"
@@ -231,6 +233,10 @@ class PrepareConfig:
                 "remove it: the end-of-text token always follows the response, supervised",
             )
         _require_positive("prepare.max_length", self.max_length)
+        if self.too_long != "drop" and (self.max_length or 0) < 2:
+            raise UserError(
+                f"prepare.too_long is {self.too_long}, prepare.max_length {self.max_length}", "set it to 2 or more"
+            )
         _require_positive("prepare.workers", self.workers)
 
     @property
@@ -309,11 +315,25 @@ class DataConfig:
     """With data.stores: other weights from a step on, as for annealing or replay."""
     sequence_length: int = 2048
     """Inputs a row; a row reads one token more."""
-    packing: Literal["concatenate", "pad_left"] = "concatenate"
-    """concatenate: fixed blocks over document boundaries. pad_left: a document a row, padded on the left."""
+    packing: Literal["concatenate", "best_fit", "pad_left", "pad_right"] = "concatenate"
+    """concatenate: fixed blocks over document boundaries. best_fit: whole documents packed into rows, kept apart.
+    pad_left, pad_right: a document a row."""
+    document_mask: bool = False
+    """concatenate: the documents of a row are kept apart too: no attention across their ends, own positions."""
+    group_by_length: bool = False
+    """pad_left, pad_right: the rows of a step are dealt out by length, so that there is less padding."""
 
     def __post_init__(self):
         _require_positive("data.sequence_length", self.sequence_length)
+        padded = self.packing in ("pad_left", "pad_right")
+        if self.document_mask and padded:
+            raise UserError(
+                f"data.document_mask is set for packing {self.packing}, whose rows hold one document each", "remove it"
+            )
+        if self.group_by_length and not padded:
+            raise UserError(
+                f"data.group_by_length is set for packing {self.packing}, whose rows are of one length", "remove it"
+            )
         if self.store is not None and self.stores:
             raise UserError("data.store and data.stores are set, of which only one may be", "set data.store to null")
         if self.store is None and not self.stores:
@@ -370,6 +390,11 @@ class DataConfig:
             raise UserError(f"{key}.weights lacks {', '.join(missing)}", "name every store with a weight, 0 for none")
         if not any(stage.weights.values()):
             raise UserError(f"{key}: no weight is above 0", "give a store a weight")
+
+    @property
+    def documents_apart(self) -> bool:
+        """Whether rows hold several documents that must not see one another."""
+        return self.packing == "best_fit" or self.document_mask
 
     @property
     def entries(self) -> list[MixedStore]:

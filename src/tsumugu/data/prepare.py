@@ -403,7 +403,7 @@ def describe(manifest: dict) -> str:
         f"{name}: {count:,} {reason}"
         for name, counts in manifest["sources"].items()
         for reason, count in counts.items()
-        if reason.startswith("dropped") or reason == "set aside"
+        if reason.startswith(("dropped", "shortened")) or reason == "set aside"
     ]
     if manifest["kind"] == "text" and not (manifest["add_bos"] or manifest["add_eos"]):
         parts.append("nothing marks where documents end (set prepare.add_eos or prepare.add_bos)")

@@ -19,7 +19,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, instructions, store
+from tsumugu.data import corpus, instructions, store, too_long
 from tsumugu.data.cleaning.clean import Cleaner
 from tsumugu.data.comparison import dedup
 from tsumugu.data.comparison.contamination import Contamination
@@ -266,7 +266,8 @@ class Fit(PipelineStep):
         for documents in _batches(data):
             fit = _fit(documents)
             for document, encoded in zip(fit, self.encoding(fit), strict=True):
-                document.metadata["dropped"] = self.encoding.unfit(encoded)
+                parts, reason = self.encoding.parts(encoded)
+                document.metadata["dropped"] = None if parts else reason
             yield from documents
 
 
@@ -348,14 +349,17 @@ class Encode(PipelineStep):
         for documents in _batches(data):
             wanted = _wanted(documents, tally)
             for document, encoded in zip(wanted, self.encoding(wanted), strict=True):
-                reason = self.encoding.unfit(encoded)
-                if reason or isinstance(encoded, UserError):
-                    document.metadata["dropped"] = reason
+                parts, note = self.encoding.parts(encoded)
+                if not parts:
+                    document.metadata["dropped"] = note
                     tally.drop(document)
                     continue
-                writers["validation" if document.metadata["validation"] else "train"].add(*encoded)
-                tally.counts["documents"] += 1
+                for part in parts:
+                    writers["validation" if document.metadata["validation"] else "train"].add(*part)
+                tally.counts["documents"] += len(parts)
                 tally.counts["characters"] += len(document.text)
+                if note:
+                    tally.counts[note] += 1
             progress.show(documents[-1].metadata["at"])
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
@@ -377,16 +381,19 @@ class _Encoding:
         encode_all = self._encode_conversations if self.config.kind == "instructions" else self._encode_texts
         return encode_all(documents, encode)
 
-    def unfit(self, encoded: tuple[np.ndarray, ...] | UserError) -> str | None:
-        """Why it is not stored, where it is not."""
+    def parts(self, encoded: tuple[np.ndarray, ...] | UserError) -> tuple[list[tuple[np.ndarray, ...]], str | None]:
+        """The documents that the store holds of it, and how they were shortened; or none, and why."""
         if isinstance(encoded, UserError):
-            return encoded.message
+            return [], encoded.message
         ids, *masks = encoded
         if len(ids) == 0:
-            return "empty"
-        if self.config.max_length and len(ids) > self.config.max_length:
-            return "longer than prepare.max_length"
-        return "no supervised token" if masks and not masks[0].any() else None
+            return [], "empty"
+        parts, shortened, most = [encoded], None, self.config.max_length
+        if masks and most and len(ids) > most:
+            parts, shortened = too_long.fit(ids, masks[0], most, self.config.too_long, head=len(self.before))
+            if not parts:
+                return [], "longer than prepare.max_length"
+        return ([], "no supervised token") if masks and not parts[0][1].any() else (parts, shortened)
 
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids,) of each document, without tokens where it encodes to none."""

@@ -191,6 +191,16 @@ class Shard:
                 return slice(start // itemsize, stop // itemsize)
         raise UserError(f"{self.prefix}.idx: documents do not follow one another", "prepare the store again")
 
+    def starts(self, documents: slice) -> np.ndarray:
+        """Tokens (documents,) int64 at which these documents begin."""
+        if len(self._lengths) == self.documents:
+            return self._pointers[documents] // self.tokens.itemsize
+        return self._pointers[self._sequence_of_document[:-1][documents]] // self.tokens.itemsize
+
+    def documents_before(self, token: int) -> int:
+        """How many documents begin before a token."""
+        return bisect.bisect_left(range(self.documents), token, key=lambda i: int(self.starts(slice(i, i + 1))[0]))
+
     def announce(self, part: slice) -> None:
         """Lets the kernel begin to read these tokens from disk, and does not wait for it."""
         for mapped, itemsize in ((self._bin, self.tokens.itemsize), (self._mask, 1)):
@@ -259,6 +269,35 @@ class Split:
         part = self._shard(shard_index).document(index - self._document_starts[shard_index])
         offset = self._token_starts[shard_index]
         return offset + part.start, offset + part.stop
+
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of the stream, from `start` to before `stop`, at which documents begin."""
+        found, offset = [np.zeros(0, np.int64)], start
+        for shard, part in self._parts(start, stop):
+            first, last = (shard.documents_before(token) for token in (part.start, part.stop))
+            found.append(shard.starts(slice(first, last)) + (offset - part.start))
+            offset += part.stop - part.start
+        return np.concatenate(found)
+
+    def document_bounds(self) -> np.ndarray:
+        """(documents + 1,) int64: where every document begins and ends in the stream.
+
+        Raises:
+            UserError: Documents that do not follow one another.
+        """
+        bounds = [np.zeros(1, np.int64)]
+        for index, offset in enumerate(self._token_starts[:-1]):
+            shard = self._shard(index)
+            starts = np.append(shard.starts(slice(None)), len(shard.tokens))
+            if starts[0] != 0 or (np.diff(starts) < 0).any():
+                raise UserError(f"{shard.prefix}.idx: documents do not follow one another", "prepare the store again")
+            bounds.append(starts[1:] + offset)
+        return np.concatenate(bounds)
+
+    @property
+    def identity(self) -> list:
+        """What tells the documents of this split from those of others: the hashes of its indexes, in order."""
+        return [file["sha256"] for shard in self._entries for name, file in shard["files"].items() if ".idx" in name]
 
     def announce(self, start: int, stop: int) -> None:
         """Lets the kernel begin to read tokens [start, stop) from disk, and does not wait for it."""

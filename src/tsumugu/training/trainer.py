@@ -22,21 +22,22 @@ from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
 from tsumugu.config import TrainingRun
-from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
+from tsumugu.data.batches import Share, rows_read, training_batches, validation_batches
 from tsumugu.data.mixture import Mixture, mix, report, table
-from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
+from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
 from tsumugu.distributed import paths
 from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import build
+from tsumugu.model import attention, build
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
 from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
+from tsumugu.training.isolation import crossing
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
 from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
@@ -100,6 +101,7 @@ class Trainer:
             world_size=environment.world_size,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            by_length=config.data.group_by_length,
         )
         self.max_steps = data.steps
         check_schedule(self.max_steps, config.schedule)
@@ -136,17 +138,39 @@ class Trainer:
             weight_bytes=weight_bytes,
         )
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.attention: str | None = None
+        if config.data.documents_apart:
+            self.attention = attention.keep_documents_apart(self.model, compute_dtype)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if resumed:
             checkpoint.load_optimizer(checkpoint.folder(run_dir, resumed_step), self.model, self.optimizer)
         self._take_over(state)
         self.first_step = self.step + 1
+        if self.attention:
+            self._check_isolation(compute_dtype)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
         self.squared_norms: torch.Tensor | None = None  # of the latest step that is logged, with train.log_norms
         self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
+
+    def _check_isolation(self, dtype: torch.dtype) -> None:
+        """Refuses a model that does not keep the documents of a row apart."""
+        rows, name = self.data.train_rows[0], self.model_config.model_type
+        shape = self.config.train.micro_batch_size, self.config.data.sequence_length
+        self.model.eval()
+        if not self.takes_positions:
+            far = math.inf
+        else:
+            far = crossing(self.logits, rows, shape, self.model_config.vocab_size, dtype)
+            reshard(self.model)  # else the root's parameters stay whole until a backward pass
+        if far:
+            raise UserError(
+                f"a model of type {name} does not keep the documents of a row apart, which "
+                f"{'data.packing best_fit' if isinstance(rows, BestFit) else 'data.document_mask'} needs",
+                "set data.packing to pad_left" if isinstance(rows, BestFit) else "set data.document_mask to false",
+            )
 
     @property
     def mixed(self) -> bool:
@@ -248,7 +272,7 @@ class Trainer:
             int(self._must_stop(request)),
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
             sum(sum(batch.lengths) for batch in batches),
-            sum(length**2 for batch in batches for length in batch.lengths),
+            sum(batch.squared_lengths for batch in batches),
         ]
         lengths = [length for batch in batches for length in batch.lengths][: len(stores)]
         by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
@@ -356,8 +380,7 @@ class Trainer:
 
     def _whence(self, step: int, own_loss: float) -> str:
         """The ranks whose loss is not finite (or all, where each is), and the rows of the step that they read."""
-        positions = np.concatenate(self.share.positions(step - 1))
-        stores, indices = self.data.mixture.at(positions[positions < self.data.mixture.total])
+        stores, indices = rows_read(self.data.train_rows, self.data.mixture, step - 1, self.share)
         rows = [f"{self.data.mixture.names[store]}:{index}" for store, index in zip(stores, indices, strict=True)]
         everywhere: list = [None] * self.environment.world_size
         dist.all_gather_object(everywhere, (math.isfinite(own_loss), rows))
@@ -428,6 +451,7 @@ class Trainer:
         self._say_paths()
         self._write_mixture()
         self._say_mixture()
+        self._say_packing()
 
     def _open_metrics(self) -> None:
         redacted = configuration.redacted(dataclasses.asdict(self.config))
@@ -450,13 +474,27 @@ class Trainer:
         if self.mixed and self.metrics:
             self.metrics.say(table(report(self.data.mixture, self.rows_by_store, self.tokens_by_store)))
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+    def _say_packing(self) -> None:
+        if not self.metrics:
+            return
+        for name, rows in zip(self.data.mixture.names, self.data.train_rows, strict=True):
+            if isinstance(rows, BestFit):
+                self.metrics.say(f"{name}: best_fit fills {rows.filled:.2%} of {len(rows):,} rows")
+        if self.attention:
+            self.metrics.say(self.attention)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(batch, tokens, vocabulary); every process calls it."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
         tensors = {key: torch.from_numpy(a).to(self.device) for key, a in inputs.items() if a is not None}
-        labels = torch.from_numpy(batch.labels).to(self.device)
-        return summed_loss(self.model(**tensors, use_cache=False).logits, labels)
+        boundaries = attention.arguments(self.model, batch.boundaries, batch.input_ids.shape[1])
+        # transformers keeps documents apart by restarting positions only without a cache and without a mask
+        return self.model(**tensors, **boundaries, use_cache=False).logits
+
+    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+        return summed_loss(self.logits(batch), torch.from_numpy(batch.labels).to(self.device))
 
     def _mark(self, doing: str, patience: float = 1.0) -> None:
         first = self.step + 1 == self.first_step  # compiles, and starts what starts late
@@ -640,10 +678,9 @@ def _open_data(config: TrainingRun) -> _Data:
     stores = [open_store(Path(entry.path)) for entry in config.data.entries]
     contract, *_ = (_store_contract(store) for store in stores)
     _check_alike(config, stores)
-    packing = PACKINGS[config.data.packing]
     pad_id = contract.pad_id or 0  # what a padded position holds is never seen: it is neither attended to nor a label
     train_rows, validation_rows = (
-        [packing(split, config.data.sequence_length, pad_id) for split in splits]
+        [rows_of(config.data, split, pad_id, stores[0].supervised, config.train.seed) for split in splits]
         for splits in ([store.train for store in stores], [store.validation for store in stores])
     )
     sizes = [len(rows) for rows in train_rows]
@@ -679,7 +716,8 @@ def _check_alike(config: TrainingRun, stores: list[Store]) -> None:
                 )
     if first.supervised and config.data.packing == "concatenate":
         raise UserError(
-            f"data.packing is concatenate, but {first.path} holds instructions", "set data.packing to pad_left"
+            f"data.packing is concatenate, but {first.path} holds instructions",
+            "set data.packing to best_fit (or pad_left)",
         )
 
 
@@ -799,6 +837,7 @@ def _identity(config: TrainingRun, data: _Data, model_config: PretrainedConfig, 
         **_identity_of_data(config, data.stores),
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
+        **{f"data.{key}": True for key in ("document_mask", "group_by_length") if getattr(config.data, key)},
         "the length of the run (steps)": data.steps,
         "the rows of the run": data.mixture.total,
         "train.global_batch_size": config.train.global_batch_size,
