@@ -6,6 +6,7 @@ then begin and end so. Nothing here changes a store.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import unicodedata
@@ -227,7 +228,7 @@ class _Form:
 _QUESTIONS = ("日本の首都はどこですか？", "Is it large", "一覧にして。\n- 一つ\n", "1+1=2", "「はい」", "猫 ")
 
 
-def _form_of(template: Any, folder: Path, tokenizer: Any, contract: Contract) -> _Form:
+def _form_of(template: Any, tokenizer: Any, contract: Contract) -> _Form:
     """All that an audit knows of templates: from rendering and encoding some questions, as `tsumugu prepare` does."""
     from tsumugu.data.instructions import Message, encode_conversations, find_template
 
@@ -380,7 +381,9 @@ _PROBLEMS = {
         "the stop token behind a reply is ignored, so that the model never learns to stop",
         "do not mask by token value (pad = eos); " + _HINT_MASK,
     ),
-    "stop-missing": _Problem("replies do not end with the stop token, so that the model never learns to stop", _HINT_MASK),
+    "stop-missing": _Problem(
+        "replies do not end with the stop token, so that the model never learns to stop", _HINT_MASK
+    ),
     "stop-inside": _Problem(
         "the stop token stands within a reply, so that the model learns to stop in mid-sentence",
         "the tokenizer turns characters into it: import it with `tsumugu tokenizer import`, and prepare again",
@@ -426,7 +429,7 @@ class _Audit:
         self.not_checked: list[str] = []
         self.tokenizer = self._load_tokenizer()
         self.form = self._find_form()
-        self.stop = self.form.stop if self.form else self.contract.eos_id
+        self.stop = self.form.stop if self.form else None
         self.splits = {name: SplitFigures() for name in ("train", "validation")}
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in self.splits}
         self.problems: dict[str, list[tuple[str, int]]] = {}  # rows with each
@@ -434,7 +437,7 @@ class _Audit:
         self._hash = _RowHashes()
         self.hashes: dict[str, list[np.ndarray]] = {name: [] for name in self.splits}
         self.prompt_hashes: dict[str, list[np.ndarray]] = {name: [] for name in self.splits}
-        
+
         self.probe_ids: list[list[int]] = []  # of the first rows
         self.unknown_rows: list[tuple[str, int]] = []
 
@@ -455,8 +458,7 @@ class _Audit:
         if not self.supervised or self.tokenizer is None or self.contract.eos_id is None:
             return None
         try:
-            folder = self.store.path / "tokenizer"
-            return _form_of(self.store.manifest["template"], folder, self.tokenizer, self.contract)
+            return _form_of(self.store.manifest["template"], self.tokenizer, self.contract)
         except ImportError as error:  # `train` starts with less than `prepare` needs
             self.not_checked.append(f"where replies begin: {error.name} is not installed")
         except UserError as error:
@@ -496,7 +498,7 @@ class _Audit:
 
     def _take_replies(self, block: _Block) -> None:
         """The checks of supervised rows."""
-        ids, bounds, mask = block.ids, block.bounds, block.mask
+        bounds, mask = block.bounds, block.mask
         figures = self.splits[block.split]
         filled = block.lengths > 0
         before, behind = np.roll(mask, 1), np.roll(mask, -1)
@@ -514,10 +516,20 @@ class _Audit:
         prompts[first] = starts[place] - bounds[first]
         self.prompt_hashes[block.split].append(self._hash(block, prompts))
 
+        if self.stop is None:
+            self.stop = self._likely_stop(block.ids[stops - 1])
         shifted = np.zeros(len(starts), bool)
         if self.train_on != "everything" and len(starts):
             shifted = self._check_starts(block, starts, stops, rows)
-        self._check_stops(block, starts[~shifted], stops[~shifted], rows[~shifted])
+        if self.form or self.train_on != "everything":
+            self._check_stops(block, starts[~shifted], stops[~shifted], rows[~shifted])
+
+    def _likely_stop(self, ends: np.ndarray) -> int | None:
+        """The stop token where no template says it: the special token that most replies end with, or eos."""
+        ids, counts = np.unique(ends, return_counts=True)
+        id = int(ids[counts.argmax()]) if len(ids) else -1
+        special = 0 <= id < self.contract.vocab_size and self.contract.token_bytes[id] == 0
+        return id if special and counts.max() > len(ends) / 2 else self.contract.eos_id
 
     def _check_starts(self, block: _Block, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Whether each supervised stretch begins where the template lets replies begin; those shifted by a token."""
@@ -589,7 +601,9 @@ class _Audit:
         """Whether stretches hold nothing but white space."""
         blank = starts == ends
         for index in np.flatnonzero(~blank).tolist() if self.tokenizer else ():
-            blank[index] = not self.tokenizer.decode(ids[starts[index] : ends[index]].tolist(), skip_special_tokens=False).strip()
+            blank[index] = not self.tokenizer.decode(
+                ids[starts[index] : ends[index]].tolist(), skip_special_tokens=False
+            ).strip()
         return blank
 
     # --- the report ---
@@ -710,7 +724,9 @@ class _Audit:
         """Whether texts are the tokenizer's at all: decoded and encoded again, most tokens come back."""
         kept = total = 0
         for ids, again in zip(
-            self.probe_ids, _encoder(self.tokenizer)([self.tokenizer.decode(ids) for ids in self.probe_ids]), strict=True
+            self.probe_ids,
+            _encoder(self.tokenizer)([self.tokenizer.decode(ids) for ids in self.probe_ids]),
+            strict=True,
         ):
             text = Counter(ids) - Counter(id for id in ids if self.contract.token_bytes[id] == 0)
             kept += (text & Counter(again)).total()
@@ -779,7 +795,7 @@ class _Audit:
         kinds = np.where(mask, 1, 0) + 2 * ((ids == self.stop) & self.supervised)
         names: tuple[Kind, ...] = ("ignored", "supervised", "ignored stop", "stop")
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             if start == stop:
                 continue
             kind = names[kinds[start]]
