@@ -117,6 +117,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help="a token a line; special, unless a tab and `text` follow; JSON in double quotes",
     )
+    what.add_argument("--template", metavar="NAME", help="the markers that this template (or YAML file) needs")
     what.add_argument("--train", nargs="+", metavar="PATH", help="files, folders or globs to learn pieces from")
     extend.add_argument("--vocab-size", type=_whole(1), metavar="N", help="ids in all, with --train")
     extend.add_argument(
@@ -177,6 +178,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--input", default="", metavar="TEXT", help="the input that the instruction is about")
+    generate.add_argument("--system", default="", metavar="TEXT", help="a system message, where the template has one")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
 
@@ -268,8 +270,10 @@ def _extend_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
     if (options.train is None) != (options.vocab_size is None):
         raise UserError("--vocab-size goes with --train", "give both, or --tokens alone")
     source, output, sample = Path(options.source), Path(options.output), _sample(options)
-    if options.tokens:
-        tokens = extend.read_tokens(Path(options.tokens))
+    if options.tokens or options.template:
+        tokens = (
+            extend.read_tokens(Path(options.tokens)) if options.tokens else _template_tokens(options.template, source)
+        )
         report = extend.add_tokens(source, output, tokens, sample, options.embeddings)
         proof = f"{report.strings:,} strings without them are encoded as before"
     else:
@@ -282,6 +286,19 @@ def _extend_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
         )
     print(f"{output}: {report.new:,} ids after {report.old:,}; {proof}")
     return 0
+
+
+def _template_tokens(name: str, source: Path) -> list:
+    """The tokens of a template that a tokenizer lacks."""
+    from tsumugu.data.instructions.encode import missing_tokens
+    from tsumugu.data.instructions.templates import Template, find_template
+    from tsumugu.tokenizer.extend import Token
+
+    template = find_template(name)
+    assert isinstance(template, Template)
+    if missing := missing_tokens(template, source):
+        return [Token(token, token in template.special_tokens) for token in missing]
+    raise UserError(f"{source} has every token of template {name} already", "use it as it is")
 
 
 def _sample(options: argparse.Namespace) -> list[str]:
@@ -394,7 +411,7 @@ def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu.generate import Generator
 
     reply, _ = Generator(Path(options.model), options.template).generate(
-        options.prompt, options.input, options.max_new_tokens
+        options.prompt, options.input, options.max_new_tokens, options.system
     )
     print(reply)
     return 0

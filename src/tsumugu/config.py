@@ -174,7 +174,8 @@ class PrepareConfig:
     add_eos: bool | None = None
     """Store an end-of-text token after every document; default: as the tokenizer itself does."""
     template: str = "alpaca-ja"
-    """For instructions: the prompt template (alpaca-ja, alpaca-en)."""
+    """For instructions: alpaca-ja, alpaca-en, plain, rinna, llm-jp, chatml, qwen3, llama3, gemma; chat (the tokenizer's
+    own chat template); or a .yaml file of your own."""
     train_on: Literal["responses", "last_response", "everything"] = "responses"
     """For instructions: which tokens are supervised."""
     max_length: int | None = None

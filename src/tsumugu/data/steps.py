@@ -25,6 +25,8 @@ from tsumugu.data.comparison import dedup
 from tsumugu.data.comparison.contamination import Contamination
 from tsumugu.data.documents import Documents, DocumentWriter
 from tsumugu.data.executor import Progress
+from tsumugu.data.instructions.chat import ChatTemplate
+from tsumugu.data.instructions.encode import special_ids
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder
@@ -63,6 +65,12 @@ def _encoder(folder: str, fingerprint: str) -> BulkEncoder:
 
 
 @functools.lru_cache(maxsize=1)
+def _template(name: str, tokenizer: str) -> instructions.Template | ChatTemplate:
+    """One a process."""
+    return instructions.find_template(name, Path(tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
 def _contamination(identities: tuple) -> Contamination | None:
     """One a process, of the files at the head of `identities`."""
     return Contamination([path for path, *_ in identities]) if identities else None
@@ -71,6 +79,13 @@ def _contamination(identities: tuple) -> Contamination | None:
 def contamination_of(config: PrepareConfig) -> Contamination | None:
     files = corpus.find_files(config.contamination) if config.contamination else []
     return _contamination(tuple(map(tuple, corpus.fingerprints(files))))
+
+
+def adds_bos(config: PrepareConfig, contract: Contract) -> bool:
+    """Whether a bos token is stored before every document; a tokenizer's own chat template writes it by itself."""
+    if config.kind == "instructions" and config.template == "chat":
+        return False
+    return contract.adds_bos if config.add_bos is None else config.add_bos
 
 
 class Tally:
@@ -161,7 +176,7 @@ def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
     if task.source.kind == "text":
         return corpus.column_of(record, task.columns[0])
     messages = instructions.messages_of(record.values, task.source.fields)
-    instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+    _template(config.template, config.tokenizer).segments(messages)  # refuses what it has no place for
     return instructions.to_json(messages)
 
 
@@ -298,7 +313,7 @@ class Encode(PipelineStep):
     def __init__(self, stage: str, tasks: list[Task], config: PrepareConfig, contract: Contract):
         super().__init__()
         self.stage, self.tasks, self.config, self.contract = stage, tasks, config, contract
-        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
+        add_bos = adds_bos(config, contract)
         add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
         self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
         self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
@@ -316,7 +331,8 @@ class Encode(PipelineStep):
             wanted = _wanted(documents, tally)
             encoded = self._encode_conversations(wanted, encode) if supervised else self._encode_texts(wanted, encode)
             for document, arrays in zip(wanted, encoded, strict=True):
-                if reason := self._unfit(*arrays):
+                reason = arrays.message if isinstance(arrays, UserError) else self._unfit(*arrays)
+                if reason or isinstance(arrays, UserError):
                     document.metadata["dropped"] = reason
                     tally.drop(document)
                     continue
@@ -339,16 +355,18 @@ class Encode(PipelineStep):
         for ids in encode([document.text for document in documents]):
             yield (np.concatenate([self.before, ids, self.after]) if len(ids) else ids,)
 
-    def _encode_conversations(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
-        """(ids, mask) of each conversation."""
-        assert self.contract.eos_id is not None
+    def _encode_conversations(
+        self, documents: list[Document], encode: BulkEncoder
+    ) -> Iterable[tuple[np.ndarray, ...] | UserError]:
+        """(ids, mask) of each conversation, or why it cannot be used."""
         return instructions.encode_conversations(
             [instructions.from_json(document.text) for document in documents],
-            instructions.find_template(self.config.template),
+            _template(self.config.template, self.config.tokenizer),
             encode,
             self.before.tolist(),
             self.contract.eos_id,
             self.config.train_on,
+            special_ids(Path(self.config.tokenizer)),
         )
 
 

@@ -200,7 +200,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     from tsumugu.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
+    special = {name: tokenizer.token_to_id(token) for name, token in special_tokens(folder).items()}
     unk, bos, eos, pad = (special.get(f"{name}_token") for name in ("unk", "bos", "eos", "pad"))
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = [""] * (max(vocabulary.values()) + 1)
@@ -227,7 +227,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     )
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
+def special_tokens(folder: Path) -> dict[str, str]:
     """{"bos_token": "<s>", ...} as transformers reads them: tokenizer_config.json over special_tokens_map.json."""
     named: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
