@@ -6,6 +6,7 @@ then begin and end so. Nothing here changes a store.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -228,35 +229,44 @@ class _Form:
 _QUESTIONS = ("日本の首都はどこですか？", "Is it large", "一覧にして。\n- 一つ\n", "1+1=2", "「はい」", "猫 ")
 
 
-def _form_of(template: Any, tokenizer: Any, contract: Contract) -> _Form:
+def _form_of(template: Any, folder: Path, tokenizer: Any, contract: Contract) -> _Form:
     """All that an audit knows of templates: from rendering and encoding some questions, as `tsumugu prepare` does."""
     from tsumugu.data.instructions import Message, encode_conversations, find_template
+    from tsumugu.data.instructions.encode import special_ids
 
-    found = find_template(template)
+    found = find_template(template, folder)
     probes = [[Message("user", text), Message("assistant", "東京です。")] for text in _QUESTIONS]
-    assert contract.eos_id is not None
-    encoded = encode_conversations(probes, found, _encoder(tokenizer), [], contract.eos_id, "responses")
+    specials, encode = special_ids(folder), _encoder(tokenizer)
+    absent = [token for token in found.special_tokens if token not in specials]  # then cut into pieces, as text is
+    ids_of: Any = specials | dict(zip(absent, encode(absent), strict=True))
+    encoded = encode_conversations(probes, found, encode, [], contract.eos_id, "responses", ids_of)
     prompts, stops, afters = [], set(), set()
-    for ids, mask in encoded:
+    for result in encoded:
+        if isinstance(result, UserError):
+            continue
+        ids, mask = result
         supervised = np.flatnonzero(mask)
         prompts.append(ids[: supervised[0]].tolist())
         stops.add(int(ids[supervised[-1]]))
         afters.add(tuple(ids[supervised[-1] + 1 :].tolist()))
-    assert len(stops) == len(afters) == 1
+    if len(stops) != 1 or len(afters) != 1:
+        raise UserError("the template does not end every reply alike")
     texts = []
     for probe in probes:
         segments = found.segments(probe)
         texts.append("".join(segment.text for segment in segments[: [s.reply for s in segments].index(True)]))
     own = _common_end([list(text) for text in texts])
     written = texts[0].replace(_QUESTIONS[0], "")
-    markers = set(re.findall(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>", written))
+    markers = {*absent, *re.findall(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>", written)} - specials.keys()
+    plain = functools.reduce(lambda text, token: text.replace(token, ""), specials, written)
+    last_line = "".join(own).rstrip().rsplit("\n", 1)[-1].strip()
     return _Form(
         lead=tuple(_common_end(prompts)[-_LONGEST_LEAD:]),
         stop=stops.pop(),
         after=afters.pop(),
-        lead_text=("".join(own).rstrip().rsplit("\n", 1) or [""])[-1].strip(),
+        lead_text=re.sub(r"^(<[^<>\s]+>)+", "", last_line),  # such as <NL>, which is decoded as a newline
         newlines="\n" in written,
-        unknown=contract.unk_id is not None and contract.unk_id in _encoder(tokenizer)([written])[0],
+        unknown=contract.unk_id is not None and contract.unk_id in encode([plain])[0],
         split_markers=tuple(sorted(marker for marker in markers if tokenizer.token_to_id(marker) is None)),
     )
 
@@ -455,10 +465,11 @@ class _Audit:
         return tokenizer
 
     def _find_form(self) -> _Form | None:
-        if not self.supervised or self.tokenizer is None or self.contract.eos_id is None:
+        if not self.supervised or self.tokenizer is None:
             return None
         try:
-            return _form_of(self.store.manifest["template"], self.tokenizer, self.contract)
+            folder = self.store.path / "tokenizer"
+            return _form_of(self.store.manifest["template"], folder, self.tokenizer, self.contract)
         except ImportError as error:  # `train` starts with less than `prepare` needs
             self.not_checked.append(f"where replies begin: {error.name} is not installed")
         except UserError as error:
@@ -571,7 +582,9 @@ class _Audit:
         same = np.zeros(len(starts), bool)
         for index, (start, row) in enumerate(zip(starts[:10_000].tolist(), rows.tolist(), strict=False)):
             tail = block.ids[max(block.bounds[row], start - 4 * len(wanted) - 8) : start].tolist()
-            same[index] = bool(wanted) and _plain(self.tokenizer.decode(tail)).endswith(wanted)
+            same[index] = bool(wanted) and _plain(self.tokenizer.decode(tail, skip_special_tokens=False)).endswith(
+                wanted
+            )
         self.note("marker-split", block, rows[same])
         self.note("template-mismatch", block, rows[~same])
 
@@ -690,7 +703,7 @@ class _Audit:
             findings.append(Finding("newline-lost", "warning", message, mend))
         if form is None or "marker-split" in [name for name, count in self.counts.items() if count]:
             return findings
-        lead = _plain(self.tokenizer.decode(list(form.lead))) if form.lead else ""
+        lead = _plain(self.tokenizer.decode(list(form.lead), skip_special_tokens=False)) if form.lead else ""
         why = None
         if form.split_markers:
             why = f"{' '.join(form.split_markers)} are no single tokens of the tokenizer"
