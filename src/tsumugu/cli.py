@@ -149,6 +149,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
+    audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
+    audit.add_argument("store", metavar="STORE", help="a token store")
+    audit.add_argument("--rows", type=_whole(0), default=3, metavar="N", help="rows to show (default: 3)")
+    audit.add_argument("--json", action="store_true", help="everything as JSON")
+    audit.add_argument("--html", metavar="FILE", help="write everything as an HTML page too")
+    audit.add_argument("--model", metavar="DIR", help="a folder with the tokenizer that the store must be made with")
+
     train = command(
         commands,
         "train",
@@ -354,6 +361,24 @@ def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
         print(f"tsumugu: warning: {line}", file=sys.stderr)
     print(f"{output}: {'already done: ' if manifest.get('already_done') else ''}{describe(manifest)}")
     return 0
+
+
+def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
+    import json
+
+    from rich.console import Console
+
+    from tsumugu.data import audit_view
+    from tsumugu.data.audit import audit
+
+    report = audit(Path(options.store), options.rows, Path(options.model) if options.model else None)
+    if options.html:
+        Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+    if options.json:
+        print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+    else:
+        audit_view.show(report, Console(highlight=False))
+    return 1 if report.errors else 0
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:

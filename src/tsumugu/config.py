@@ -322,6 +322,8 @@ class DataConfig:
     """concatenate: the documents of a row are kept apart too: no attention across their ends, own positions."""
     group_by_length: bool = False
     """pad_left, pad_right: the rows of a step are dealt out by length, so that there is less padding."""
+    audit: Literal["refuse", "warn", "off"] = "refuse"
+    """What becomes of a store that would teach the wrong thing, by a look at some hundred rows: see `tsumugu audit`."""
 
     def __post_init__(self):
         _require_positive("data.sequence_length", self.sequence_length)
@@ -653,6 +655,8 @@ def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) ->
     replaced = _check_flags(flags, config_class)
     # merged here, since jsonargparse fills what an item of a later list lacks from the item of the earlier one
     merged = functools.reduce(_merge, contents.values(), {})
+    if merged.get("data", {}).get("audit") is False:  # as YAML 1.1 reads an off without quotes
+        merged["data"] = {**merged["data"], "audit": "off"}
     for key in replaced:
         section, _, name = key.rpartition(".")
         functools.reduce(lambda content, part: content.get(part, {}), section.split("."), merged).pop(name, None)

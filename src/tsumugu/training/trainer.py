@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
-from tsumugu.config import TrainingRun
+from tsumugu.config import DataConfig, TrainingRun
+from tsumugu.data.audit import quick_audit
 from tsumugu.data.batches import Share, rows_read, training_batches, validation_batches
 from tsumugu.data.mixture import Mixture, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
@@ -108,6 +110,8 @@ class Trainer:
 
         resumed_step = checkpoint.newest(run_dir, report=lambda line: print(line, flush=True))
         resumed = resumed_step is not None
+        if not resumed and config.data.audit != "off":
+            on_main(lambda: _audit(config.data, data.stores))
         saved = checkpoint.folder(run_dir, resumed_step) if resumed else on_main(lambda: _start_from(config))
         self.model_config = _model_config(config, contract, environment, saved, resumed)
         processor = on_main(lambda: paths.this_device(self.device))
@@ -689,6 +693,18 @@ def _open_data(config: TrainingRun) -> _Data:
     steps, total_rows = _length(config, sizes[0])
     mixture = mix(config.data, sizes, total_rows, config.train.global_batch_size, config.train.seed)
     return _Data(stores, contract, train_rows, validation_rows, steps, mixture)
+
+
+def _audit(data: DataConfig, stores: list[Store]) -> None:
+    """Looks at some rows of every store, says what is suspicious, and refuses what would teach the wrong thing."""
+    for store in stores:
+        for finding in quick_audit(store).findings:
+            about = f"{finding.count} of {finding.of} {finding.unit}: " if finding.of else ""
+            message = f"{store.path}: {finding.name}: {about}{finding.message}"
+            if finding.level == "error" and data.audit == "refuse":
+                hint = f"{finding.mend}; `tsumugu audit {store.path}` shows more; data.audit: warn trains all the same"
+                raise UserError(message, hint)
+            print(f"tsumugu: warning: {message} ({finding.mend})", file=sys.stderr, flush=True)
 
 
 def _store_contract(store: Store) -> Contract:
