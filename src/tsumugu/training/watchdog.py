@@ -76,7 +76,7 @@ class Watchdog:
         seen, waited, before = self._mark, 0.0, time.monotonic()
         while not self._over.wait(interval):
             # only this thread sets it anew, for which it needs the interpreter's lock
-            faulthandler.dump_traceback_later(timeout * self._mark[1] + LINGER_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(timeout * self._mark[1] + LINGER_SECONDS, exit=True, file=sys.__stderr__)
             now = time.monotonic()
             waited += min(now - before, 2 * interval)  # a process that was stopped, or a machine, did not hang
             before = now
