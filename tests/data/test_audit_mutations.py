@@ -310,7 +310,7 @@ def test_a_store_with_the_tokenizer_of_another_is_found(clean: Path, tmp_path: P
 
 def test_even_where_its_manifest_was_made_to_look_right(clean: Path, tmp_path: Path, other_tokenizer: Path):
     contract = read_contract(other_tokenizer)
-    changed = {"tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size}}
+    changed = {"tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size, "files": {}}}
     store = rewrite(clean, tmp_path / "store", manifest=changed)
     shutil.rmtree(store / "tokenizer")
     shutil.copytree(other_tokenizer, store / "tokenizer")
@@ -327,7 +327,7 @@ def test_ids_of_a_text_that_another_tokenizer_made_are_found(tmp_path: Path):
     lines = [{"prompt": f"{n}: {text}", "response": text[::-1]} for n, text in enumerate(GOLDEN * 5) if text.strip()]
     store = prepared(tmp_path, tmp_path / "rinna", lines, template="plain")
     contract = read_contract(tmp_path / "llm-jp")
-    changed = {"tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size}}
+    changed = {"tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size, "files": {}}}
     broken = rewrite(store, tmp_path / "broken", manifest=changed)
     shutil.rmtree(broken / "tokenizer")
     shutil.copytree(tmp_path / "llm-jp", broken / "tokenizer")

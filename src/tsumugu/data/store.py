@@ -43,7 +43,7 @@ _COUNTS = {"documents": int, "tokens": int, "longest_document": int}
 _MANIFEST = {
     "kind": str,
     "tokenizer": {"fingerprint": str, "files": _FILES},
-    "template": (str, type(None)),
+    "template": (str, dict, type(None)),
     "add_bos": bool,
     "add_eos": bool,
     "splits": {split: {**_COUNTS, "shards": [{**_COUNTS, "name": str, "files": _FILES}]} for split in SPLITS},

@@ -132,7 +132,7 @@ def _ids(
     for section, own in zip(sections, encoded, strict=True):
         arrays = [np.asarray(ids, np.int64) for ids in own]
         if section.special:
-            parts.append(np.array([ids_of[section.text]], np.int64))
+            parts.append(np.atleast_1d(np.asarray(ids_of[section.text], np.int64)))
         elif len(arrays) == 1:
             parts.append(arrays[0])
         else:
