@@ -5,13 +5,18 @@ VENV := .venv
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test test-oldest faults lint format clean
+.PHONY: quickstart test equivalence test-oldest faults lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/tsumugu quickstart
 
 test: $(VENV)/installed .venv-transformers4
 	$(PYTEST)
+
+# every mesh × accumulation × recomputation × compile, of which `make test` takes a covering part (hours)
+equivalence: $(VENV)/installed
+	TSUMUGU_EQUIVALENCE=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --timeout 0 tests/training/test_equivalence.py \
+		tests/distributed
 
 # what touches torch and transformers, with the oldest versions that the package allows
 test-oldest: VENV := .venv-oldest

@@ -166,7 +166,10 @@ SOURCES = [{"name": "texts", "path": "corpus.jsonl"}]
         ("train: {seed: 2024-13-45}", ["wrong.yaml: not YAML: month must be in 1..12"]),
         ("data: [1]", ["wrong.yaml: data holds no keys but [1]"]),
         ("train: {seed: 1.5}", ["wrong.yaml: train.seed: expected int, got 1.5"]),
-        ("train: {log_to: [wandb]}", ["wrong.yaml: train.log_to: expected 'tensorboard', got wandb"]),
+        (
+            "train: {log_to: [comet]}",
+            ["wrong.yaml: train.log_to: expected 'tensorboard', 'mlflow', 'wandb', got comet"],
+        ),
         ("train:\n  seed: 1\n  log_every: 2\n  seed: 3\n", ["wrong.yaml:4:", "the key seed is given twice"]),
         ("train: {seed: 1}\ndata: {}\ntrain: {seed: 1}\n", ["wrong.yaml:3:", "the key train is given twice"]),
     ],
@@ -314,18 +317,22 @@ def test_the_tokenizer_that_the_user_names_is_compared_with_the_store(made, tmp_
     assert main([*map(str, pretrained), f"--tokenizer.path={tokenizer_folder}"]) == 0
 
 
-def test_a_tokenizer_taken_from_an_export_brings_no_weights_along(made, tmp_path):
+def test_a_tokenizer_taken_from_an_export_brings_its_chat_template_along_and_no_weights(made, tmp_path, refused):
     assert main(["export", str(made / "run"), "--output", str(tmp_path / "model")]) == 0
-    (tmp_path / "model" / "chat_template.jinja").write_text("of another training")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
     prepare = ["--config", str(made / "prepare.yaml"), f"--prepare.tokenizer={tmp_path / 'model'}"]
     assert main(["prepare", *prepare, "--output", str(tmp_path / "store")]) == 0
     train = ["--config", str(made / "train.yaml"), f"--data.store={tmp_path / 'store'}"]
     assert main(["train", *train, "--run-dir", str(tmp_path / "run")]) == 0
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "next")]) == 0
-    names = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "contract.json"}
+    names = {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "contract.json", "chat_template.jinja"}
     for folder in ("store", "run"):
         assert {path.name for path in (tmp_path / folder / "tokenizer").iterdir()} == names
-    assert not (tmp_path / "next" / "chat_template.jinja").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "next").chat_template == "{{ messages }}"
+
+    (tmp_path / "store" / "tokenizer" / "chat_template.jinja").write_text("{{ changed! }}")
+    verify = ("prepare", *prepare, "--output", tmp_path / "store", "--verify")
+    assert "tokenizer/chat_template.jinja is not what was written" in refused(*verify)
 
 
 def test_corpora_that_cannot_be_used(made, tmp_path, refused, tokenizer_folder):
@@ -476,10 +483,10 @@ def test_an_imported_and_extended_tokenizer_goes_the_whole_way(made, tmp_path, t
 
 def test_the_tokenizer_commands_refuse_in_one_line(made, tmp_path, refused, tokenizer_folder):
     output = ("--output", tmp_path / "x")
-    assert "nor on the hub" in refused("tokenizer", "import", "no/such-tokenizer", *output)
+    assert "no/such-tokenizer: no such file" in refused("tokenizer", "import", "no/such-tokenizer", *output)
     assert "not empty" in refused("tokenizer", "import", tokenizer_folder, "--output", made)
     assert "holds no tokenizer.json" in refused("tokenizer", "import", made, *output)
-    assert "--tokens --train is required" in refused("tokenizer", "extend", tokenizer_folder, *output)
+    assert "--tokens --template --train is required" in refused("tokenizer", "extend", tokenizer_folder, *output)
     extend = ("tokenizer", "extend", tokenizer_folder, *output)
     assert "goes with --train" in refused(*extend, "--tokens", "t", "--vocab-size", 900)
     assert "goes with --train" in refused(*extend, "--train", made / "corpus.jsonl")

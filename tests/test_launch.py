@@ -1,5 +1,7 @@
 """`tsumugu launch local` from outside: exit codes, and a run that is asked to stop and goes on."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,10 +12,13 @@ import pytest
 from support.models import tiny_config
 from support.runs import run_config
 from support.stores import random_documents, write_store
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from tsumugu import config
 from tsumugu.errors import UserError
+from tsumugu.launch import local
 from tsumugu.launch.local import launch
+from tsumugu.launch.proof import _descendants
 from tsumugu.training.checkpoint import complete_steps
 from tsumugu.training.metrics import read_metrics
 
@@ -61,6 +66,51 @@ def test_stopped_before_there_is_a_checkpoint_it_does_not_say_3(recipe):
     output, _ = process.communicate(timeout=200)
     saved = bool(complete_steps(recipe.parent / "run"))
     assert (process.returncode == 3) == saved, output
+
+
+def test_a_process_that_is_killed_makes_all_start_again_from_the_newest_checkpoint(recipe):
+    run_dir = recipe.parent / "run"
+    process = start(recipe, "--max-restarts", "1", "--checkpoint.every", "10", "--train.max_steps", "80")
+    deadline = time.monotonic() + 200
+    while not complete_steps(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(_descendants(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert re.search(r"rank [01] ended with signal 9: restart 1 of 1, from step [1-7]0\n", output)
+    assert "done, 80 steps" in output
+    assert [line["step"] for line in read_metrics(run_dir)] == [*range(1, 81)]
+
+
+def ends(*codes: int):
+    """elastic_launch, of whose starts rank 1 ends with these codes, one after another; negative: by a signal."""
+    left = list(codes)
+
+    def run(*_):
+        code = left.pop(0)
+        if code:
+            failures = {rank: ProcessFailure(rank, 1, code if rank else 1, "no file") for rank in (0, 1)}
+            failures[0].timestamp = failures[1].timestamp + (0 if code in (2, 3) else 1)
+            raise ChildFailedError("train", failures)
+
+    return lambda *_: run, left
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "left"),
+    [
+        ([2, 0], 3, 2, 1),  # the input is wrong
+        ([3, 0], 3, 3, 1),  # asked to stop
+        ([1, -9, 4, 0], 3, 0, 0),
+        ([1, -9, 0], 1, 128 + 9, 1),
+        ([-11, 0], 0, 128 + 11, 1),
+    ],
+)
+def test_what_is_started_again_and_how_often(codes, restarts, code, left, tmp_path, monkeypatch):
+    launched, remaining = ends(*codes)
+    monkeypatch.setattr(local, "elastic_launch", launched)
+    assert launch([], tmp_path, 1, restarts) == code
+    assert len(remaining) == left
 
 
 @pytest.mark.parametrize("processes", [0, -1, 4096])

@@ -13,6 +13,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tsumugu import quickstart
+from tsumugu.errors import UserError
+from tsumugu.tokenizer.train import VocabularyTooLargeError
+
 
 def shorten_recipes(work_dir: Path, warmup: int = 1) -> None:
     """Lays edited recipes into the work folder, which quickstart then uses as they are."""
@@ -106,3 +110,18 @@ def test_ones_own_text_that_is_not_japanese_and_has_odd_names(tmp_path):
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "another corpus" in output
+
+
+def test_a_smaller_vocabulary_is_tried_only_where_the_corpus_is_too_small_for_a_larger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, errors = [], {900: VocabularyTooLargeError("too large"), 800: UserError("full of lone surrogates")}
+
+    def train_tokenizer(documents, output, *, vocab_size, sample_bytes):
+        asked.append(vocab_size)
+        raise errors[vocab_size]
+
+    monkeypatch.setattr(quickstart, "train_tokenizer", train_tokenizer)
+    with pytest.raises(UserError, match="lone surrogates"):
+        quickstart._train_fitting(lambda: iter(["あ"]), tmp_path / "out", [900, 800, 700])
+    assert asked == [900, 800]

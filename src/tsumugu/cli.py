@@ -22,6 +22,9 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     try:
@@ -117,6 +120,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="FILE",
         help="a token a line; special, unless a tab and `text` follow; JSON in double quotes",
     )
+    what.add_argument("--template", metavar="NAME", help="the markers that this template (or YAML file) needs")
     what.add_argument("--train", nargs="+", metavar="PATH", help="files, folders or globs to learn pieces from")
     extend.add_argument("--vocab-size", type=_whole(1), metavar="N", help="ids in all, with --train")
     extend.add_argument(
@@ -145,6 +149,13 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
+    audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
+    audit.add_argument("store", metavar="STORE", help="a token store")
+    audit.add_argument("--rows", type=_whole(0), default=3, metavar="N", help="rows to show (default: 3)")
+    audit.add_argument("--json", action="store_true", help="everything as JSON")
+    audit.add_argument("--html", metavar="FILE", help="write everything as an HTML page too")
+    audit.add_argument("--model", metavar="DIR", help="a folder with the tokenizer that the store must be made with")
+
     train = command(
         commands,
         "train",
@@ -153,12 +164,21 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         epilog="Any --SECTION.KEY VALUE of the configuration is taken, such as --train.max_steps 10.",
     )
     _add_train_arguments(train)
+    train.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
 
     launch = commands.add_parser("launch", help="start training in several processes")
     targets = launch.add_subparsers(dest="target", required=True, metavar="TARGET", parser_class=_Parser)
     local = command(targets, "local", _launch_local, "torchrun on this machine, one process a GPU")
     _add_train_arguments(local)
     local.add_argument("--processes", type=int, metavar="N", help="default: one a GPU")
+    local.add_argument(
+        "--max-restarts",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="start again from the newest checkpoint after a process has died, so often (default: 0)",
+    )
+    local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
     export.add_argument("source", metavar="RUN", help="a run folder, or RUN@STEP")
@@ -170,6 +190,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
     generate.add_argument("--prompt", required=True, metavar="TEXT")
     generate.add_argument("--input", default="", metavar="TEXT", help="the input that the instruction is about")
+    generate.add_argument("--system", default="", metavar="TEXT", help="a system message, where the template has one")
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
 
@@ -261,8 +282,10 @@ def _extend_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
     if (options.train is None) != (options.vocab_size is None):
         raise UserError("--vocab-size goes with --train", "give both, or --tokens alone")
     source, output, sample = Path(options.source), Path(options.output), _sample(options)
-    if options.tokens:
-        tokens = extend.read_tokens(Path(options.tokens))
+    if options.tokens or options.template:
+        tokens = (
+            extend.read_tokens(Path(options.tokens)) if options.tokens else _template_tokens(options.template, source)
+        )
         report = extend.add_tokens(source, output, tokens, sample, options.embeddings)
         proof = f"{report.strings:,} strings without them are encoded as before"
     else:
@@ -275,6 +298,19 @@ def _extend_tokenizer(options: argparse.Namespace, _flags: list[str]) -> int:
         )
     print(f"{output}: {report.new:,} ids after {report.old:,}; {proof}")
     return 0
+
+
+def _template_tokens(name: str, source: Path) -> list:
+    """The tokens of a template that a tokenizer lacks."""
+    from tsumugu.data.instructions.encode import missing_tokens
+    from tsumugu.data.instructions.templates import Template, find_template
+    from tsumugu.tokenizer.extend import Token
+
+    template = find_template(name)
+    assert isinstance(template, Template)
+    if missing := missing_tokens(template, source):
+        return [Token(token, token in template.special_tokens) for token in missing]
+    raise UserError(f"{source} has every token of template {name} already", "use it as it is")
 
 
 def _sample(options: argparse.Namespace) -> list[str]:
@@ -327,11 +363,31 @@ def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
     return 0
 
 
+def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
+    import json
+
+    from rich.console import Console
+
+    from tsumugu.data import audit_view
+    from tsumugu.data.audit import audit
+
+    report = audit(Path(options.store), options.rows, Path(options.model) if options.model else None)
+    if options.html:
+        Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+    if options.json:
+        print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+    else:
+        audit_view.show(report, Console(highlight=False))
+    return 1 if report.errors else 0
+
+
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu import config
     from tsumugu.training.trainer import train
 
     run_dir = _run_dir(options)
+    if options.prove_resume:
+        return _prove_resume(["train"], options, flags)
     outcome = train(config.load(config.TrainingRun, options.config, flags), run_dir)
     if os.environ.get("RANK", "0") == "0":
         if outcome.already_done:
@@ -348,9 +404,24 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu.launch.local import launch
     from tsumugu.training.trainer import planned_steps
 
+    if options.prove_resume:
+        processes = [] if options.processes is None else [f"--processes={options.processes}"]
+        return _prove_resume(["launch", "local", *processes], options, flags)
     planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
-    return launch([*files, *flags], _run_dir(options), options.processes)
+    return launch([*files, *flags], _run_dir(options), options.processes, options.max_restarts)
+
+
+def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.launch.proof import prove_resume
+    from tsumugu.training.trainer import planned_steps
+
+    planned, steps = planned_steps(config.load(config.TrainingRun, options.config, flags)), options.prove_resume
+    if steps > planned:
+        raise UserError(f"--prove-resume {steps}: the run has {planned} steps", "give so many at most")
+    files = [f"--config={file}" for file in options.config]
+    return prove_resume([*command, *files, *flags], _run_dir(options), steps)
 
 
 def _run_dir(options: argparse.Namespace) -> Path:
@@ -369,7 +440,7 @@ def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu.generate import Generator
 
     reply, _ = Generator(Path(options.model), options.template).generate(
-        options.prompt, options.input, options.max_new_tokens
+        options.prompt, options.input, options.max_new_tokens, options.system
     )
     print(reply)
     return 0

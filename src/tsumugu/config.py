@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tsumugu.errors import UserError
+from tsumugu.errors import UserError, redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +175,14 @@ class PrepareConfig:
     add_eos: bool | None = None
     """Store an end-of-text token after every document; default: as the tokenizer itself does."""
     template: str = "alpaca-ja"
-    """For instructions: the prompt template (alpaca-ja, alpaca-en)."""
+    """For instructions: alpaca-ja, alpaca-en, plain, rinna, llm-jp, chatml, qwen3, llama3, gemma; chat (the tokenizer's
+    own chat template); or a .yaml file of your own."""
     train_on: Literal["responses", "last_response", "everything"] = "responses"
     """For instructions: which tokens are supervised."""
     max_length: int | None = None
-    """For instructions: longest example in tokens; longer ones are dropped and counted."""
+    """For instructions: longest example in tokens; longer ones are counted, and treated as too_long says."""
+    too_long: Literal["drop", "truncate_prompt", "split"] = "drop"
+    """For instructions: drop, cut the first prompt from its left (or drop where that is not enough), or split."""
     workers: int | None = None
     """Processes (slurm: tasks at a time); default: one a core."""
     executor: Literal["local", "slurm", "ray"] = "local"
@@ -230,6 +233,10 @@ class PrepareConfig:
                 "remove it: the end-of-text token always follows the response, supervised",
             )
         _require_positive("prepare.max_length", self.max_length)
+        if self.too_long != "drop" and (self.max_length or 0) < 2:
+            raise UserError(
+                f"prepare.too_long is {self.too_long}, prepare.max_length {self.max_length}", "set it to 2 or more"
+            )
         _require_positive("prepare.workers", self.workers)
 
     @property
@@ -308,11 +315,27 @@ class DataConfig:
     """With data.stores: other weights from a step on, as for annealing or replay."""
     sequence_length: int = 2048
     """Inputs a row; a row reads one token more."""
-    packing: Literal["concatenate", "pad_left"] = "concatenate"
-    """concatenate: fixed blocks over document boundaries. pad_left: a document a row, padded on the left."""
+    packing: Literal["concatenate", "best_fit", "pad_left", "pad_right"] = "concatenate"
+    """concatenate: fixed blocks over document boundaries. best_fit: whole documents packed into rows, kept apart.
+    pad_left, pad_right: a document a row."""
+    document_mask: bool = False
+    """concatenate: the documents of a row are kept apart too: no attention across their ends, own positions."""
+    group_by_length: bool = False
+    """pad_left, pad_right: the rows of a step are dealt out by length, so that there is less padding."""
+    audit: Literal["refuse", "warn", "off"] = "refuse"
+    """What becomes of a store that would teach the wrong thing, by a look at some hundred rows: see `tsumugu audit`."""
 
     def __post_init__(self):
         _require_positive("data.sequence_length", self.sequence_length)
+        padded = self.packing in ("pad_left", "pad_right")
+        if self.document_mask and padded:
+            raise UserError(
+                f"data.document_mask is set for packing {self.packing}, whose rows hold one document each", "remove it"
+            )
+        if self.group_by_length and not padded:
+            raise UserError(
+                f"data.group_by_length is set for packing {self.packing}, whose rows are of one length", "remove it"
+            )
         if self.store is not None and self.stores:
             raise UserError("data.store and data.stores are set, of which only one may be", "set data.store to null")
         if self.store is None and not self.stores:
@@ -320,8 +343,15 @@ class DataConfig:
         names = [store.name for store in self.stores]
         if len(set(names)) < len(names):
             raise UserError(f"data.stores has the same name twice: {', '.join(names)}", "name each store")
+        places = [Path(store.path).resolve() for store in self.stores]
         for index, store in enumerate(self.stores):
             self._check_store(f"data.stores[{index}]", store)
+            if (first := places.index(places[index])) < index:
+                raise UserError(
+                    f"data.stores[{index}] ({store.name}) is the store of data.stores[{first}] "
+                    f"({self.stores[first].name}): {store.path}",
+                    "list it once, with the weight or tokens of both",
+                )
         weights = [store.weight for store in self.stores if store.weight is not None]
         if weights and not any(weights):
             raise UserError("no weight of data.stores is above 0", "give a store a weight")
@@ -364,6 +394,11 @@ class DataConfig:
             raise UserError(f"{key}: no weight is above 0", "give a store a weight")
 
     @property
+    def documents_apart(self) -> bool:
+        """Whether rows hold several documents that must not see one another."""
+        return self.packing == "best_fit" or self.document_mask
+
+    @property
     def entries(self) -> list[MixedStore]:
         """data.stores, or the one store as such a list."""
         return [MixedStore(name="store", path=self.store, weight=1)] if self.store is not None else self.stores
@@ -397,8 +432,16 @@ class TrainConfig:
     """Save and stop (exit code 3) after this step, as if asked to; the length of the run stays as it is."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    log_to: list[Literal["tensorboard"]] = field(default_factory=lambda: ["tensorboard"])
-    """Trackers beside metrics.jsonl; used where they are installed."""
+    log_norms: bool = False
+    """Lines of metrics also carry the norms of parameters and gradients, of embeddings, every layer and the rest."""
+    log_to: list[Literal["tensorboard", "mlflow", "wandb"]] = field(default_factory=lambda: ["tensorboard"])
+    """Trackers beside metrics.jsonl. tensorboard is used where it is installed, the others must be."""
+    profile_steps: list[int] | None = None
+    """[FIRST, LAST]: a profiler trace of those steps from every process, in the run's folder profile/."""
+    memory_snapshot: int | None = None
+    """GPUs only: the allocations of this step, from every process, in the run's folder memory/."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without progress after which every process says where it stands and ends with code 4; null: never."""
 
     def __post_init__(self):
         given = [name for name in ("max_steps", "max_tokens", "max_epochs") if getattr(self, name) is not None]
@@ -409,10 +452,17 @@ class TrainConfig:
                 f"{' and '.join(f'train.{name}' for name in given)} are set, of which only one may be",
                 f"set the others to null, such as --train.{given[-1]} null",
             )
-        for name in (*given, "global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after"):
+        positive = ("global_batch_size", "micro_batch_size", "log_every", "max_hours", "stop_after", "hang_timeout")
+        for name in (*given, *positive, "memory_snapshot"):
             _require_positive(f"train.{name}", getattr(self, name))
         if self.start_state == "full" and self.start_from is None:
             raise UserError("train.start_state is full without train.start_from", "set train.start_from to RUN@STEP")
+        if self.profile_steps is not None:
+            ordered = len(self.profile_steps) == 2 and 1 <= self.profile_steps[0] <= self.profile_steps[1]
+            if not ordered:
+                raise UserError(
+                    f"train.profile_steps is {self.profile_steps}", "give the first and the last step, such as [5, 7]"
+                )
         if not 0 <= self.seed < 2**63:
             raise UserError(f"train.seed is {self.seed}", "use an integer from 0 to 2^63 - 1")
 
@@ -470,16 +520,35 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the device mesh."""
+    """Degrees of the device mesh, and what is traded for memory or speed; no option changes what is learned."""
 
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
     replicate_degree: int | None = None
     """Replicas of that group; default: world size / shard_degree."""
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
+    prefetch: int = 1
+    """Layers gathered ahead of the one that is computed; more take memory, and help where gathering is late."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again: nothing, all but matrix products and attention, or all but the layers' inputs."""
+    checkpoint_every_nth_layer: int = 1
+    """Activation checkpointing of every nth decoder layer alone."""
+    compile: bool | None = None
+    """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
+    offload_activations: bool = False
+    """What layers keep for backward waits in host memory (with activation_checkpointing none or full)."""
+    offload_optimizer: bool = False
+    """Master weights, gradients and moments are in host memory, and the optimizer's step is taken there."""
 
     def __post_init__(self):
-        _require_positive("parallel.shard_degree", self.shard_degree)
-        _require_positive("parallel.replicate_degree", self.replicate_degree)
+        for name in ("shard_degree", "replicate_degree", "prefetch", "checkpoint_every_nth_layer"):
+            _require_positive(f"parallel.{name}", getattr(self, name))
+        if self.offload_activations and self.activation_checkpointing == "selective":
+            raise UserError(
+                "parallel.offload_activations cannot move what activation_checkpointing selective keeps",
+                "set parallel.activation_checkpointing to full or none",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -596,6 +665,8 @@ def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) ->
     replaced = _check_flags(flags, config_class)
     # merged here, since jsonargparse fills what an item of a later list lacks from the item of the earlier one
     merged = functools.reduce(_merge, contents.values(), {})
+    if merged.get("data", {}).get("audit") is False:  # as YAML 1.1 reads an off without quotes
+        merged["data"] = {**merged["data"], "audit": "off"}
     for key in replaced:
         section, _, name = key.rpartition(".")
         functools.reduce(lambda content, part: content.get(part, {}), section.split("."), merged).pop(name, None)
@@ -636,9 +707,18 @@ def parser(config_class: type):
 
 
 def write(config: Any, path: Path) -> None:
-    """Writes the resolved configuration, every default included, as YAML that `load` reads."""
-    text = yaml.safe_dump(dataclasses.asdict(config), allow_unicode=True, sort_keys=False)
+    """Writes the resolved configuration with every default as YAML that `load` reads; credentials are redacted."""
+    text = yaml.safe_dump(redacted(dataclasses.asdict(config)), allow_unicode=True, sort_keys=False)
     path.write_text(text, encoding="utf-8")
+
+
+def redacted(content: Any) -> Any:
+    """A copy of nested dicts and lists in which no string shows a credential."""
+    if isinstance(content, dict):
+        return {key: redacted(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [redacted(value) for value in content]
+    return redact(content) if isinstance(content, str) else content
 
 
 class _StrictSafeLoader(yaml.SafeLoader):

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from tsumugu.data.instructions import find_template
+from tsumugu.data.instructions import find_template, jinja_of
+from tsumugu.data.instructions.encode import stop_id
 from tsumugu.errors import UserError
 from tsumugu.model import build
-from tsumugu.tokenizer.contract import Contract, copy_tokenizer, read_contract
+from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
 ORIGIN = "tsumugu.json"
@@ -68,11 +69,11 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
         model = build.meta_model(config, _DTYPES[dtype])
         _write_weights(model, path, temporary)
         _write_config(model, config, dtype, temporary)
-        _write_generation_config(config, contract, temporary)
-        if state["template"]:
-            bos = "{{- bos_token -}}" if state["add_bos"] else ""
-            chat_template = bos + find_template(state["template"]).chat_template()
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        template = find_template(state["template"]) if state["template"] else None
+        further = [stop_id(template, temporary)] if template else []
+        _write_generation_config(config, contract, [id for id in further if id is not None], temporary)
+        if template:  # what it was trained with, in place of the tokenizer's own
+            (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, state["add_bos"]), encoding="utf-8")
         (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         temporary.rename(output)
@@ -154,13 +155,17 @@ def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, 
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
-def _write_generation_config(config: PretrainedConfig, contract: Contract, output: Path) -> None:
-    """Stops at eos; ids that stand for no text (reserved ones, padding of the vocabulary) are never generated."""
+def _write_generation_config(
+    config: PretrainedConfig, contract: Contract, template_stops: list[int], output: Path
+) -> None:
+    """Stops at eos and the template's own stop token; ids that stand for no text (reserved ones, padding of the
+    vocabulary) are never generated."""
+    stops = list(dict.fromkeys([*template_stops, *build.stop_ids(config)]))
     textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(build.stop_ids(config))
+    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
     GenerationConfig(
         bos_token_id=config.bos_token_id,
-        eos_token_id=build.stop_ids(config) or None,
+        eos_token_id=stops or None,
         pad_token_id=config.pad_token_id,
         suppress_tokens=sorted(never) or None,
     ).save_pretrained(output)
@@ -168,7 +173,8 @@ def _write_generation_config(config: PretrainedConfig, contract: Contract, outpu
 
 def _model_card(model: PreTrainedModel, origin: dict) -> str:
     parameters = sum(p.numel() for p in model.parameters())
-    template = f"\n- Prompt template / プロンプト: `{origin['template']}`" if origin["template"] else ""
+    name = origin["template"] if isinstance(origin["template"], str) else "chat_template.jinja"
+    template = f"\n- Prompt template / プロンプト: `{name}`" if origin["template"] else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

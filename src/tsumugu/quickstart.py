@@ -29,7 +29,7 @@ from tsumugu.export import export
 from tsumugu.generate import Generator
 from tsumugu.launch.local import launch, most_processes
 from tsumugu.tokenizer.contract import read_contract
-from tsumugu.tokenizer.train import TrainingReport, train_tokenizer
+from tsumugu.tokenizer.train import TrainingReport, VocabularyTooLargeError, train_tokenizer
 from tsumugu.training.metrics import read_metrics
 from tsumugu.training.trainer import planned_steps
 
@@ -181,7 +181,7 @@ def _train_fitting(documents: Callable[[], Iterator[str]], output: Path, sizes: 
     """A tokenizer of the first size that the corpus allows."""
     try:
         return train_tokenizer(documents, output, vocab_size=sizes[0], sample_bytes=20_000_000)
-    except UserError:
+    except VocabularyTooLargeError:
         if len(sizes) == 1:
             raise
         return _train_fitting(documents, output, sizes[1:])

@@ -26,6 +26,8 @@ from tsumugu.data.instructions import (
 )
 from tsumugu.errors import UserError
 
+ALPACA = ("alpaca-en", "alpaca-ja")
+
 # What a user's text may hold that a careless template would fill in, repeat or take for its own.
 TEXTS = [
     "普通の指示。",
@@ -40,7 +42,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ALPACA)
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("other", TEXTS)
 def test_a_prompt_holds_the_users_text_as_it_is(name: str, text: str, other: str):
@@ -67,7 +69,7 @@ def test_an_unknown_template_lists_the_known():
         find_template("alpaca")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", ALPACA)
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_chat_template_renders_the_same_prompt(tokenizer_folder: Path, name: str, text: str):
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
@@ -240,11 +242,12 @@ def test_the_question_is_what_stands_before_the_first_reply():
 
 
 def test_a_further_question_has_no_preamble():
-    (first, _, second, reply) = TEMPLATES["alpaca-ja"].segments(CHAT)
+    (first, _, stop, second, reply, _) = TEMPLATES["alpaca-ja"].segments(CHAT)
     assert first.text == TEMPLATES["alpaca-ja"].prompt("空の色は？")
+    assert (stop.text, stop.reply, stop.special) == ("eos", True, True)
     assert (second.text, second.reply) == ("\n\n### 指示:\n海は？\n\n### 応答:", False)
     assert (reply.text, reply.reply) == ("それも青です。", True)
-    *_, second, reply = TEMPLATES["alpaca-en"].segments(
+    *_, second, _reply, _stop = TEMPLATES["alpaca-en"].segments(
         [QUESTION, REPLY, Message("user", "Translate.", input="猫"), Message("assistant", "cat")]
     )
     assert second.text == "\n\n### Instruction:\nTranslate.\n\n### Input:\n猫\n\n### Response:"

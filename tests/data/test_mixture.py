@@ -1,7 +1,9 @@
 """The mixture: what is planned of every store, computed by hand, and that every stretch of the run holds to it."""
 
+import contextlib
 import itertools
 import json
+import re
 import tracemalloc
 from collections import Counter
 from fractions import Fraction
@@ -60,13 +62,29 @@ def counts_of(data: DataConfig, rows: list[int], total: int, batch: int = 10) ->
             1000,
             [[600, 0], [100, 300]],
         ),
-        # b wants 150 and 300 rows and may have 90: a fifth of either
+        # b may have 90 rows: with a thirteenth of its weight 3 : 1/13 and 1 : 3/13, which is 15 of 600 and 75 of 400
         (
             {"a": {"weight": 3}, "b": {"weight": 1, "max_epochs": 3}},
             [(60, {"a": 1, "b": 3})],
             [900, 30],
             1000,
-            [[570, 30], [340, 60]],
+            [[585, 15], [325, 75]],
+        ),
+        # only a can fill the first stage, and needs all its rows for that; b and c share the second as 3 to 1
+        (
+            {"a": {"weight": 1, "max_epochs": 1}, "b": {"weight": 0}, "c": {"weight": 0}},
+            [(60, {"a": 4, "b": 3, "c": 1})],
+            [600, 900, 900],
+            1000,
+            [[600, 0, 0], [0, 300, 100]],
+        ),
+        # neither has rows to spare: the second stage needs all of a, so that the first reads b alone
+        (
+            {"a": {"weight": 1, "max_epochs": 1}, "b": {"weight": 1, "max_epochs": 2}},
+            [(60, {"a": 1, "b": 0})],
+            [400, 300],
+            1000,
+            [[0, 600], [400, 0]],
         ),
         # 800 tokens are 100 rows, a tenth of either stage
         (
@@ -240,12 +258,13 @@ def test_exactness_does_not_end_where_64_bits_do():
         (
             {"a": {"tokens": 3000}, "b": {"tokens": 900}},
             [],
-            r"3900 in all, the run has 4000 .*train\.max_tokens to 3900",
+            # 375 and 112.5 rows
+            r"3904 in all, in whole rows; the run has 4000 .*make it 49 steps \(train\.max_tokens 3904\)",
         ),
         (
             {"a": {"tokens": 4000}, "b": {"weight": 1}},
             [],
-            "4000 in all, the run has 4000 and leaves none to the weights",
+            "4000 in all, in whole rows; the run has 4000 and leaves none to the weights .* to 51 steps or more",
         ),
         (
             {"a": {"tokens": 801, "max_epochs": 1}, "b": {"weight": 1}},
@@ -260,9 +279,130 @@ def test_what_does_not_fit_the_run_is_refused(stores: dict, stages: list, messag
         mix(data_of(stores, *stages), [100] * len(stores), 500, 10, seed=1)
 
 
-def test_the_number_of_possible_steps_is_possible():
-    data = data_of({"a": {"weight": 1, "max_epochs": 2}, "b": {"weight": 1, "max_epochs": 1.5}})
-    assert mix(data, [100, 100], 350, 10, seed=1).planned == [200, 150]
+def random_case(generator: np.random.Generator, tokens: bool) -> tuple[dict, list, list[int], int]:
+    """Stores, stages and rows, small enough to be tight often, and a number of steps."""
+    number, steps = int(generator.integers(1, 5)), int(generator.integers(4, 30))
+    stores: dict[str, dict] = {f"s{i}": {"weight": int(generator.integers(0, 4))} for i in range(number)}
+    stores["s0"]["weight"] = 1
+    for store in stores.values():
+        if generator.random() < 0.85:
+            store["max_epochs"] = int(generator.integers(1, 3))
+    cuts = sorted(generator.choice(np.arange(1, steps), int(generator.integers(0, 4)), replace=False).tolist())
+    stages = []
+    for cut in cuts:
+        weights = generator.integers(0, 3, number)
+        weights[generator.integers(number)] = 1
+        stages.append((cut, dict(zip(stores, weights.tolist(), strict=True))))
+    if tokens:
+        stores["budget"] = {"tokens": int(generator.integers(1, 24 * steps))}
+    return stores, stages, generator.integers(1, 60, len(stores)).tolist(), steps
+
+
+def enough_for(stores: dict, stages: list, rows: list[int], steps: int, batch: int) -> bool:
+    """Hall's condition: no set of stages needs more rows than all stores together that it may read."""
+    weights = [{name: keys["weight"] for name, keys in stores.items()}, *(weights for _, weights in stages)]
+    starts = [0, *(cut for cut, _ in stages)]
+    lengths = [batch * max(0, min(end, steps) - start) for start, end in zip(starts, [*starts[1:], steps], strict=True)]
+    have = {
+        name: keys.get("max_epochs", np.inf) * available
+        for (name, keys), available in zip(stores.items(), rows, strict=True)
+    }
+    return all(
+        sum(lengths[stage] for stage in chosen)
+        <= sum(have[name] for name in stores if any(weights[stage][name] > 0 for stage in chosen))
+        for size in range(1, len(lengths) + 1)
+        for chosen in itertools.combinations(range(len(lengths)), size)
+    )
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_run_is_refused_only_where_no_division_will_do_and_the_advice_works(tokens: bool):
+    generator = np.random.default_rng(int(tokens))
+    planned = refused = followed = 0
+    for _ in range(1000):
+        stores, stages, rows, steps = random_case(generator, tokens)
+        batch = 3
+        names = list(stores)
+        try:
+            mixture = mix(data_of(stores, *stages), rows, steps * batch, batch, seed=1)
+        except UserError as error:
+            message = str(error)
+            if "leaves none to the weights" in message:  # the advice of that is to lengthen the run
+                longer = int(re.search(r"lengthen the run to (\d+) steps", message)[1])  # type: ignore[index]
+                with contextlib.suppress(UserError):  # for the next reason, if there is one
+                    mix(data_of(stores, *stages), rows, longer * batch, batch, seed=1)
+                with pytest.raises(UserError, match="leaves none to the weights"):
+                    mix(data_of(stores), rows, (longer - 1) * batch, batch, seed=1)
+                continue
+            if "allows" in message:
+                continue
+            refused += 1
+            found = re.search(r"leaves rows for (\d+) steps, the run has (\d+)", message)
+            assert found
+            possible = int(found[1])
+            assert int(found[2]) == steps
+            if not tokens:
+                assert possible == max(n for n in range(steps) if enough_for(stores, stages, rows, n, batch))
+            assert ("shorten the run" in message) == (possible > 0)
+            if possible:
+                followed += 1
+                kept = [stage for stage in stages if stage[0] < possible]
+                beyond = re.search(r"without data\.stages\[(\d+)\]", message)
+                assert (int(beyond[1]) if beyond else len(stages)) == len(kept)
+                mix(data_of(stores, *kept), rows, possible * batch, batch, seed=1)
+            continue
+        planned += 1
+        if not tokens:
+            assert enough_for(stores, stages, rows, steps, batch)
+        cuts = [0, *(cut for cut, _ in stages), steps]
+        assert [sum(stage) for stage in mixture.counts] == [batch * n for n in np.diff(cuts)]
+        for index, name in enumerate(names):
+            taken = [stage[index] for stage in mixture.counts]
+            assert min(taken) >= 0
+            assert sum(taken) <= stores[name].get("max_epochs", np.inf) * rows[index]
+            if "tokens" in stores[name]:
+                assert sum(taken) == -(-stores[name]["tokens"] // LENGTH)
+            else:
+                for count, weights in zip(
+                    taken, [{name: stores[name]["weight"]}, *(w for _, w in stages)], strict=True
+                ):
+                    assert count == 0 or weights[name] > 0
+    assert min(planned, refused, followed) > 50
+
+
+def test_every_store_has_one_factor_in_all_stages():
+    """It is 1 for those without a limit, and less than 1 only for those that are read just as often as they may be."""
+    generator = np.random.default_rng(3)
+    for _ in range(40):
+        weights = generator.random((4, 5)) + 0.02
+        rows = generator.integers(10**5, 10**7, 5).tolist()
+        stores: dict[str, dict] = {f"s{i}": {"weight": float(weights[0, i])} for i in range(5)}
+        for i in range(2, 5):
+            stores[f"s{i}"]["max_epochs"] = int(generator.integers(1, 4))
+        stages = [(10 * at, {f"s{i}": float(weights[at, i]) for i in range(5)}) for at in (1, 2, 3)]
+        mixture = mix(data_of(stores, *stages), rows, 40 * 10**6, 10**6, seed=1)
+        factors = np.array(mixture.counts) / weights
+        factors /= factors[:, :1]  # of s0, whose factor is 1
+        np.testing.assert_allclose(factors, factors[:1].repeat(4, axis=0), rtol=1e-3)
+        for i in range(5):
+            cut = f"s{i}" in mixture.cut
+            assert factors[0, i] < 1 if cut else abs(factors[0, i] - 1) < 1e-3
+            assert not cut or mixture.planned[i] == rows[i] * stores[f"s{i}"]["max_epochs"]
+
+
+def test_budgets_alone_are_rounded_up_to_whole_rows():
+    data = data_of({"a": {"tokens": 9}, "b": {"tokens": 7}})  # two rows and one, though 16 tokens would be two rows
+    with pytest.raises(UserError, match=r"24 in all, in whole rows.*make it 3 steps \(train\.max_tokens 24\)"):
+        mix(data, [9, 9], 2, 1, seed=1)
+    assert mix(data, [9, 9], 3, 1, seed=1).planned == [2, 1]
+
+
+def test_budgets_that_leave_no_row_to_the_weights_are_refused():
+    data = data_of(
+        {"a": {"tokens": 9}, "b": {"tokens": 9}, "c": {"weight": 1}}
+    )  # 18 tokens of 32, and four rows of four
+    with pytest.raises(UserError, match="32 in all, in whole rows; the run has 32 and leaves none to the weights"):
+        mix(data, [9, 9, 9], 4, 1, seed=1)
 
 
 def test_plan_and_what_was_seen_as_json_and_as_a_table():

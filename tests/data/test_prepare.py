@@ -177,6 +177,28 @@ def test_max_length_is_the_longest_that_stays(tmp_path: Path, make: Callable, ex
     assert "dropped" in describe(make(examples, kind="instructions", output="fewer", max_length=longest - 1))
 
 
+def test_examples_that_are_too_long_are_shortened_as_asked_and_counted(tmp_path: Path, make: Callable):
+    record = {"instruction": "長い" * 300, "output": "青です。"}
+    path = _write_lines(tmp_path / "a.jsonl", [record, {"instruction": "空の色は？", "output": "青です。"}])
+
+    def made(too_long: str) -> tuple[dict, list]:
+        settings = {"kind": "instructions", "validation_share": 0.0, "max_length": 300}
+        manifest = make(path, output=too_long, too_long=too_long, **settings)
+        split = store.open_store(tmp_path / too_long).train
+        return manifest, [split.document(index) for index in range(split.documents)]
+
+    assert made("drop")[0]["sources"]["only"]["dropped: longer than prepare.max_length"] == 1
+    for too_long, counted in (("truncate_prompt", "prompt cut from the left"), ("split", "split")):
+        manifest, documents = made(too_long)
+        assert f"1 shortened: {counted}" in describe(manifest)
+        assert manifest["sources"]["only"]["documents"] == len(documents) == manifest["splits"]["train"]["documents"]
+        longest = max(len(ids) for ids, _ in documents)
+        assert longest == 300 if too_long == "truncate_prompt" else longest <= 300  # stretches without a reply go
+        assert documents[-1][1].any()  # the short one
+        replied = sum(int(mask.sum()) for _, mask in documents[:-1])
+        assert replied == documents[-1][1].sum()  # the whole reply, and the stop token
+
+
 @pytest.mark.usefixtures("_small_tasks")
 def test_equal_documents_lie_on_one_side(tmp_path: Path, make: Callable):
     path = _write_lines(tmp_path / "a.jsonl", [{"text": document} for document in DOCUMENTS * 3])
@@ -265,7 +287,7 @@ def test_only_the_tokenizer_is_copied_from_its_folder(
 ):
     export = tmp_path / "export"
     shutil.copytree(tokenizer_folder, export)
-    for name in ("model.safetensors", "config.json", "chat_template.jinja", "README.md"):
+    for name in ("model.safetensors", "config.json", "README.md"):
         (export / name).write_text("of a model")
     make(text, tokenizer=str(export))
     copied = {path.name: path.read_bytes() for path in (tmp_path / "store" / "tokenizer").iterdir()}

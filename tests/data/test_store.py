@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -116,17 +117,31 @@ def _store(path: Path) -> Path:
     return write_store(path / "store", [[5, 6, 7], [8, 9, 10]], [[5, 6, 7]], masks=[[0, 0, 1], [0, 1, 1]])
 
 
-@pytest.mark.parametrize("name", ["train/00000.bin", "train/00000.idx", "train/00000.mask", "validation/00000.bin"])
+@pytest.mark.parametrize(
+    "name",
+    [*("train/00000.bin", "train/00000.idx", "train/00000.mask", "validation/00000.bin"), "tokenizer/contract.json"],
+)
 def test_verify_finds_a_flipped_bit_in_every_file(tmp_path: Path, name: str):
     store = _store(tmp_path)
     verify(store)
     content = (store / name).read_bytes()
-    for position in range(len(content)):
+    for position in range(0, len(content), 1 + len(content) // 200):
         changed = bytearray(content)
         changed[position] ^= 1 << (position % 8)
         (store / name).write_bytes(changed)
         with pytest.raises(UserError, match=name.split("/")[1]):
             verify(store)
+
+
+def test_verify_finds_what_is_missing_of_the_tokenizer_and_what_has_come_to_it(tmp_path: Path):
+    store = _store(tmp_path)
+    (store / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer/special_tokens_map\.json is no file of the store"):
+        verify(store)
+    (store / "tokenizer" / "special_tokens_map.json").unlink()
+    (store / "tokenizer" / "contract.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer/contract\.json is missing"):
+        verify(store)
 
 
 @pytest.mark.parametrize("name", ["train/00000.bin", "train/00000.idx", "train/00000.mask", "validation/00000.bin"])
@@ -146,6 +161,63 @@ def test_a_manifest_that_is_none_is_refused(tmp_path: Path, content: str):
     store = _store(tmp_path)
     (store / "manifest.json").write_text(content)
     with pytest.raises(UserError):
+        open_store(store)
+
+
+def _places(content: object, path: tuple = ()) -> Iterator[tuple]:
+    """Every key and index inside, as the path to it."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _places(value, (*path, key))
+
+
+def _first_tokens(path: Path) -> None:
+    store = open_store(path)
+    for split in (store.train, store.validation):
+        split.read(0, 3)
+
+
+def test_whatever_is_missing_or_wrong_in_a_manifest_is_one_clear_error(tmp_path: Path):
+    """Each key taken away, and each value replaced by one of another type: refused, or nothing that is ever read."""
+    store = _store(tmp_path)
+    whole = json.loads((store / "manifest.json").read_text())
+    unread = {"supervised_tokens", "vocab_size"}
+    for path in _places(whole):
+        for replaced in (None, "gone", 0.5, [3], {"3": 3}):
+            manifest = json.loads(json.dumps(whole))
+            inside = manifest
+            for key in path[:-1]:
+                inside = inside[key]
+            if replaced is None:
+                del inside[path[-1]]
+            else:
+                inside[path[-1]] = replaced
+            (store / "manifest.json").write_text(json.dumps(manifest))
+            takes_any_text = path[-1] in ("fingerprint", "template", "sha256") and replaced == "gone"
+            removes_an_item = replaced is None and (path[-2:-1] == ("files",) or path[-1] == 0)
+            takes_a_template = path[-1] == "template" and isinstance(replaced, dict)
+            if path[-1] in unread or takes_any_text or takes_a_template or removes_an_item:
+                continue
+            with pytest.raises(UserError, match=str(store)) as caught:
+                _first_tokens(store)
+            if path != ("version",) and replaced is None:
+                assert f"it lacks {path[0]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "images"}, "a store of 'images' is not read here .*text, instructions"),
+        ({"tokenizer": {}}, r"manifest\.json is damaged \(it lacks tokenizer\.fingerprint\)"),
+        ({"splits": {"train": {}}}, r"it lacks splits\.train\.documents"),
+    ],
+)
+def test_the_place_in_a_manifest_is_named(tmp_path: Path, change: dict, message: str):
+    store = _store(tmp_path)
+    manifest = json.loads((store / "manifest.json").read_text())
+    (store / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(UserError, match=message):
         open_store(store)
 
 
@@ -223,17 +295,26 @@ def test_ten_million_documents_are_opened_without_reading_them(tmp_path: Path):
 
 
 def test_more_shards_are_read_than_files_may_be_open(tmp_path: Path):
+    """Of thirty splits together, as of ten stores and more."""
     entries = [_write(tmp_path / f"{n:05d}", [np.array([n, n + 1])], np.uint16, [np.array([1, 0])]) for n in range(60)]
     script = f"""
-import pathlib, resource
+import gc, pathlib, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (50, 70))
 from tsumugu.data.store import Split
-split = Split(pathlib.Path({str(tmp_path)!r}), {entries!r})
-for index in list(range(60)) * 2:
-    ids, mask = split.document(index)
-    assert (ids.tolist(), mask.tolist()) == ([index, index + 1], [True, False])
+splits = [Split(pathlib.Path({str(tmp_path)!r}), {entries!r}) for _ in range(30)]
+for split in splits:
+    for index in range(60):
+        ids, mask = split.document(index)
+        assert (ids.tolist(), mask.tolist()) == ([index, index + 1], [True, False])
     split.announce(0, 120)
-assert split.read(0, 120)[0].tolist() == [id for n in range(60) for id in (n, n + 1)]
+    assert split.read(0, 120)[0].tolist() == [id for n in range(60) for id in (n, n + 1)]
+for index in list(range(60)) * 2:
+    assert [split.document(index)[0].tolist() for split in splits] == [[index, index + 1]] * 30
+open_files = lambda: len(list(pathlib.Path("/proc/self/fd").iterdir()))
+many = open_files()
+splits = split = None
+gc.collect()
+assert open_files() < 10 < many  # a store that is not read any more holds none
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ def run_config(store: Path, changes: dict[str, Any]) -> TrainingRun:
     """The configuration of a run on `store`, with changes such as {"train.max_steps": 5}."""
     sections = {section.name: {} for section in dataclasses.fields(TrainingRun)}
     defaults = {"data.store": str(store), "data.sequence_length": 16, "train.log_every": 1, "train.log_to": []}
+    defaults["data.audit"] = "off"  # random ids end with no stop token
     for key, value in (defaults | changes).items():
         section, name = key.split(".")
         sections[section][name] = value

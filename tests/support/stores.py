@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from support.models import VOCABULARY
-from tsumugu.data.store import FORMAT_VERSION, MANIFEST, ShardWriter, describe_split, token_dtype
+from tsumugu.data.store import FORMAT_VERSION, MANIFEST, ShardWriter, describe_files, describe_split, token_dtype
 from tsumugu.tokenizer.contract import VERSION
 
 Document = Sequence[int]
@@ -60,7 +60,11 @@ def write_store(
     manifest = {
         "version": FORMAT_VERSION,
         "kind": "text" if masks is None else "instructions",
-        "tokenizer": {"fingerprint": fingerprint, "vocab_size": VOCABULARY},
+        "tokenizer": {
+            "fingerprint": fingerprint,
+            "vocab_size": VOCABULARY,
+            "files": describe_files(path / "tokenizer"),
+        },
         "template": None if masks is None else "alpaca-ja",
         "add_bos": False,
         "add_eos": False,

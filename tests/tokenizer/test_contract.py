@@ -114,13 +114,15 @@ def test_a_contract_is_read_without_a_tokenizer(folder: Path, tmp_path: Path):
 
 def test_a_copy_holds_the_tokenizer_and_nothing_else(folder: Path, tmp_path: Path):
     source = copy(folder, tmp_path / "source")
-    for name in ("model.safetensors", "chat_template.jinja", "notes.txt"):
+    for name in ("model.safetensors", "notes.txt"):
         (source / name).touch()
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "contract.json").chmod(0o444)
     for _ in range(2):  # a copy that was cut short is written over
         copy_tokenizer(source, tmp_path / "deep" / "copy")
     assert check_contract(tmp_path / "deep" / "copy") == read_contract(folder)
-    assert {path.name for path in (tmp_path / "deep" / "copy").iterdir()} == {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} | {"chat_template.jinja"}
+    assert {path.name for path in (tmp_path / "deep" / "copy").iterdir()} == names
 
 
 def test_reading_a_contract_imports_no_tokenizer_library(folder: Path):

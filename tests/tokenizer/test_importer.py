@@ -254,3 +254,34 @@ def test_a_tokenizer_json_that_is_no_object_is_damaged(tmp_path: Path):
     (tmp_path / "source" / "tokenizer.json").write_text("[]")
     with pytest.raises(UserError, match="holds no JSON object"):
         import_tokenizer(str(tmp_path / "source"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("", "SOURCE is empty .name a SentencePiece"),
+        (" ", "SOURCE is empty"),
+        ("./nowhere", r"^\./nowhere: no such file or folder \(check the path\)$"),
+        ("nowhere/spiece.model", r"^nowhere/spiece\.model: no such file or folder \(check the path\)$"),
+        ("some one/a model", "^some one/a model: no such file or folder, and no name on the hub can be so"),
+        ("someone/model", "^someone/model: no such file or folder, and the hub cannot be reached .*name their folder"),
+    ],
+)
+def test_a_source_that_is_none_is_told_in_one_line(
+    source: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        import_tokenizer(source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_tokenizer_is_named_by_its_source(tmp_path: Path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UserError, match=f"^{source}: its tokenizer.json cannot be read") as caught:
+        import_tokenizer(str(source), tmp_path / "out")
+    assert "partial" not in str(caught.value)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.models import VOCABULARY
 from support.ranks import run_ranks
 from support.runs import StopAfter, figures, run_config, whole
 
@@ -155,6 +156,53 @@ def test_start_from_takes_the_weights_alone(run: Path, made: Path, tmp_path: Pat
     for wanted in ("3", "two", "-2"):
         with pytest.raises(UserError, match=f"no complete checkpoint of step {wanted} .it has: 2, 4, 6"):
             start(f"{run}@{wanted}")
+
+
+def store_with_new_ids(made: Path, path: Path) -> Path:
+    """The text store, of an extension of its tokenizer: an id for two old ones, one for all, and one for the first."""
+    store = Path(shutil.copytree(made / "text", path))
+    manifest = json.loads((store / "manifest.json").read_text())
+    contract = json.loads((store / "tokenizer" / "contract.json").read_text())
+    base = {"fingerprint": contract["fingerprint"], "vocab_size": VOCABULARY}
+    pieces = [[5, 9], [], [VOCABULARY]]
+    rows = [{"id": VOCABULARY + place, "pieces": ids} for place, ids in enumerate(pieces)]
+    (store / "tokenizer" / "extension.json").write_text(json.dumps({"bases": [base], "rows": rows}))
+    contract |= {"fingerprint": "extended", "vocab_size": VOCABULARY + 3}
+    contract["token_bytes"] += [1, 1, 1]
+    (store / "tokenizer" / "contract.json").write_text(json.dumps(contract))
+    manifest["tokenizer"]["fingerprint"] = "extended"
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    return store
+
+
+def start_extended(store: Path, run: Path, run_dir: Path) -> dict[str, torch.Tensor]:
+    config = run_config(store, {**COMMON, "train.max_steps": 2, "train.start_from": str(run)})
+    weights = loaded(config, run_dir)[1]
+    train(config, run_dir)
+    dist.is_initialized() and dist.barrier()
+    return weights
+
+
+def test_start_from_a_run_whose_tokenizer_was_extended_gives_new_rows_their_means(
+    run: Path, made: Path, tmp_path: Path
+):
+    store = store_with_new_ids(made, tmp_path / "store")
+    _, old, _ = loaded(config_of(made), run)
+    alone = start_extended(store, run, tmp_path / "alone")
+    for found in (alone, *run_ranks(start_extended, 2, store, run, tmp_path / "two")):
+        assert found.keys() == old.keys()
+        for name, weight in found.items():
+            torch.testing.assert_close(weight[: len(old[name])], old[name], rtol=0, atol=0)
+            if len(weight) > len(old[name]):
+                pair = (old[name][5] + old[name][9]) / 2
+                for row, expected in enumerate((pair, old[name][:VOCABULARY].mean(0), pair), start=VOCABULARY):
+                    torch.testing.assert_close(weight[row], expected)
+        assert len([name for name in found if len(found[name]) == VOCABULARY + 3]) == 2
+    again = run_config(store, {**COMMON, "train.max_steps": 2, "train.start_from": str(run)})
+    assert train(again, tmp_path / "two").already_done
+    back = config_of(made, **{"model.config": None, "train.start_from": str(tmp_path / "alone")})
+    with pytest.raises(UserError, match=r"another tokenizer than train\.start_from"):
+        train(back, tmp_path / "back")
 
 
 def test_start_from_a_damaged_checkpoint_is_refused(copy: Path, made: Path, tmp_path: Path):

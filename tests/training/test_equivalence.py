@@ -1,15 +1,20 @@
-"""However a step is split into processes and micro batches, it is the same step: that of a plain PyTorch loop.
+"""However a step is split, recomputed, compiled and kept in memory, it is the same step: that of a plain PyTorch loop.
 
 The reference is stock transformers on whole weights, one unpadded row at a time, the sum of all token losses over their
 number, and torch's AdamW in its plainest form.
+
+A run of the suite takes cases in which every two choices meet; `make equivalence` takes all of them.
 """
 
 import contextlib
+import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +26,8 @@ from support.runs import run_config, whole
 from support.stores import random_documents, write_store
 from transformers import AutoModelForCausalLM
 from transformers.models.bloom import modeling_bloom
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 from tsumugu.data.sampler import row_at
 from tsumugu.distributed.environment import process_group
@@ -36,27 +43,101 @@ MODELS = {
     "bloom tied": ("bloom", True, {}),
 }
 PACKINGS = ("pad_left", "concatenate")
-# (processes, shard degree, rows of a micro batch)
-SPLITS = {"1 process": (1, 1, 4), "2 accumulations": (1, 1, 2), "2 shards": (2, 2, 2), "2 × 2": (4, 2, 1)}
-STEPS, BATCH, WIDTH, ROWS, SEED = 5, 4, 16, 18, 7
+# (shard, replicate)
+MESHES = {
+    "1": (1, 1),
+    "shard 2": (2, 1),
+    "replicate 2": (1, 2),
+    "shard 4": (4, 1),
+    "2 × 2": (2, 2),
+    "replicate 4": (1, 4),
+}
+KEEPING = {
+    "by default": {},
+    "gathered once": {"parallel.reshard_after_forward": "never"},
+    "gathered ahead": {"parallel.prefetch": 2, "parallel.reshard_after_forward": "always"},
+    "on the host": {"parallel.offload_optimizer": True},
+    "every second recomputed": {"parallel.checkpoint_every_nth_layer": 2},
+}
+
+
+class Case(NamedTuple):
+    """One way to take the steps."""
+
+    model: str
+    packing: str
+    mesh: str
+    accumulation: int
+    recomputed: str
+    keeping: str
+    compiled: bool = False
+
+    @property
+    def processes(self) -> int:
+        return math.prod(MESHES[self.mesh])
+
+
+CHOICES = (tuple(MODELS), PACKINGS, tuple(MESHES), (1, 2, 4), ("none", "selective", "full"))
+COMPILED = [Case("gpt_neox parallel", "pad_left", "1", 2, "selective", "by default", True)]
+
+
+def pairwise(choices: list[Case]) -> list[Case]:
+    """Cases in which any two values of different fields stand together, as far as they do in any; taken greedily."""
+    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in choices}
+    missing, taken = set().union(*pairs.values()), []
+    while missing:
+        taken.append(max(choices, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[taken[-1]]
+    return taken
+
+
+def cases() -> list[Case]:
+    few = pairwise([Case(*values) for values in itertools.product(*CHOICES, KEEPING)]) + COMPILED
+    if os.environ.get("TSUMUGU_EQUIVALENCE") != "all":
+        return few
+    every = [Case(*values) for values in itertools.product(*CHOICES, ["by default"], [False, True])]
+    return list(dict.fromkeys(every + few))
+
+
+CASES = cases()
+
+
+def with_dtypes(cases: list[Case]) -> list[tuple[Case, str]]:
+    """Every case in what it is computed in: both, but where few are taken and compiling takes longest."""
+    few = len(CASES) < 100
+    return [
+        (case, d) for case in cases for d in ("float64", "float32") if not (few and case.compiled and d == "float32")
+    ]
+
+
+STEPS, BATCH, WIDTH, ROWS, SEED = 5, 16, 16, 70, 7
 LEARNING_RATE, FLOOR, WARMUP, DECAY, CLIP = 1e-2, 1e-3, 2, 0.1, 0.8
 SKIPPED_STEP = 2
 
 
+def exact_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019), as Llama and Qwen3 have it."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * wide.to(hidden.dtype)
+
+
 @contextlib.contextmanager
-def exact_bloom() -> Iterator[None]:
-    """transformers' BLOOM takes its softmax in float32, also in float64: there it would be exact to 1e-7 alone, and a
-    query that is all padding would be NaN, since float64's smallest number, its mask, is minus infinity in float32.
+def exact_models() -> Iterator[None]:
+    """transformers takes some things in float32, also in float64, where they would be exact to 1e-7 alone.
+
+    BLOOM's softmax, in which also a query that is all padding would be NaN, since float64's smallest number, its mask,
+    is minus infinity in float32; and the norms of Llama and Qwen3, which a compiler rounds otherwise.
     """
 
     def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
         return F.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, dtype))
 
-    modeling_bloom.F = SimpleNamespace(**vars(F) | {"softmax": softmax})
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_bloom, "F", SimpleNamespace(**vars(F) | {"softmax": softmax}))
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
+        patch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
         yield
-    finally:
-        modeling_bloom.F = F
 
 
 @dataclass
@@ -73,17 +154,17 @@ def order() -> np.ndarray:
 
 
 def documents() -> tuple[list[list[int]], list[list[int]]]:
-    """Documents and masks: none supervised on rank 0 of two in step 0, nor anywhere in step 2; unevenly elsewhere."""
+    """Documents and masks: none supervised in half of step 0, nor anywhere in step 2; unevenly elsewhere."""
     ids = random_documents(ROWS, seed=1)
     masks = [[int(position >= 1 + index % 5) for position in range(len(ids[index]))] for index in range(ROWS)]
-    for index in order()[[0, 1, 8, 9, 10, 11]]:
+    for index in order()[[*range(8), *range(2 * BATCH, 3 * BATCH)]]:
         masks[index] = [0] * len(ids[index])
     return ids, masks
 
 
 def stream() -> list[int]:
-    """The tokens of 18 rows, the last of them short."""
-    return [id for document in random_documents(60, seed=2) for id in document][: WIDTH * (ROWS - 1) + 6]
+    """The tokens of all rows, the last of them short."""
+    return [id for document in random_documents(200, seed=2) for id in document][: WIDTH * (ROWS - 1) + 6]
 
 
 @pytest.fixture(scope="module")
@@ -98,54 +179,61 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_all(folder: Path, run_dir: Path, splits: list[str]) -> dict[tuple[str, str, str, str], Result]:
-    """Five steps of every model, packing and dtype in each of the splits, on the processes at hand."""
+Results = dict[tuple[Case, str], Result]
+
+
+def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> Results:
+    """Five steps of every case in either dtype, on the processes at hand."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run_dir / "inductor")
     results = {}
-    with process_group() as environment, exact_bloom():
-        for split in splits:
-            _, shard_degree, micro_batch = SPLITS[split]
-            for model in MODELS:
-                for packing in PACKINGS:
-                    for dtype in ("float64", "float32"):
-                        changes = {
-                            "model.pretrained": str(folder / model),
-                            "tokenizer.path": str(folder / packing / "tokenizer"),
-                            "data.packing": packing,
-                            "data.sequence_length": WIDTH,
-                            "train.max_epochs": 1.0,
-                            "train.global_batch_size": BATCH,
-                            "train.micro_batch_size": micro_batch,
-                            "train.seed": SEED,
-                            "train.dtype": dtype,
-                            "optimizer.learning_rate": LEARNING_RATE,
-                            "optimizer.weight_decay": DECAY,
-                            "optimizer.max_grad_norm": CLIP,
-                            "schedule.warmup_steps": WARMUP,
-                            "schedule.min_learning_rate": FLOOR,
-                            "parallel.shard_degree": shard_degree,
-                        }
-                        trainer = Trainer(run_config(folder / packing, changes), run_dir, environment)
-                        assert trainer.max_steps == STEPS
-                        steps = []
-                        for _ in range(STEPS):
-                            steps.append(trainer.train_step(StopRequest()).figures())
-                            trainer.step += 1
-                        results[model, packing, dtype, split] = Result(
-                            np.array([step.loss for step in steps]),
-                            np.array([step.grad_norm for step in steps]),
-                            {name: whole(weight) for name, weight in trainer.model.named_parameters()},
-                        )
+    with process_group() as environment, exact_models():
+        for case, dtype in with_dtypes(cases):
+            shard, replicate = MESHES[case.mesh]
+            changes = {
+                "model.pretrained": str(folder / case.model),
+                "tokenizer.path": str(folder / case.packing / "tokenizer"),
+                "data.packing": case.packing,
+                "data.sequence_length": WIDTH,
+                "train.max_epochs": 1.0,
+                "train.global_batch_size": BATCH,
+                "train.micro_batch_size": BATCH // case.processes // case.accumulation,
+                "train.seed": SEED,
+                "train.dtype": dtype,
+                "optimizer.learning_rate": LEARNING_RATE,
+                "optimizer.weight_decay": DECAY,
+                "optimizer.max_grad_norm": CLIP,
+                "schedule.warmup_steps": WARMUP,
+                "schedule.min_learning_rate": FLOOR,
+                "parallel.shard_degree": shard,
+                "parallel.replicate_degree": replicate,
+                "parallel.activation_checkpointing": case.recomputed,
+                "parallel.compile": case.compiled,
+                **KEEPING[case.keeping],
+            }
+            trainer = Trainer(run_config(folder / case.packing, changes), run_dir, environment)
+            assert trainer.max_steps == STEPS
+            steps = []
+            for _ in range(STEPS):
+                steps.append(trainer.train_step(StopRequest()).figures())
+                trainer.step += 1
+            results[case, dtype] = Result(
+                np.array([step.loss for step in steps]),
+                np.array([step.grad_norm for step in steps]),
+                {name: whole(weight) for name, weight in trainer.model.named_parameters()},
+            )
+            if case.compiled:
+                torch.compiler.reset()
     return results
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str, str], Result]:
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     run_dir = tmp_path_factory.mktemp("runs")
-    return {
-        **train_all(folder, run_dir, ["1 process", "2 accumulations"]),
-        **run_ranks(train_all, 2, folder, run_dir, ["2 shards"])[0],
-        **run_ranks(train_all, 4, folder, run_dir, ["2 × 2"])[0],
-    }
+    by_processes = {count: [case for case in CASES if case.processes == count] for count in (1, 2, 4)}
+    found = train_all(folder, run_dir, by_processes[1])
+    for count in (2, 4):
+        found |= run_ranks(train_all, count, folder, run_dir, by_processes[count])[0]
+    return found
 
 
 def reference_rows(packing: str) -> list[list[tuple[list[int], list[int]]]]:
@@ -213,19 +301,19 @@ def largest_difference(result: Result, expected: Result) -> float:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_split_trains_as_a_plain_loop_does(model: str, packing: str, folder: Path, results: dict):
-    with exact_bloom():
+def test_every_case_trains_as_a_plain_loop_does(model: str, packing: str, folder: Path, results: Results):
+    with exact_models():
         expected = reference(folder, model, packing)
     skipped = [step == SKIPPED_STEP and packing == "pad_left" for step in range(STEPS)]
     assert np.isnan(expected.losses).tolist() == skipped
     assert (expected.norms > CLIP).any()
-    for split in SPLITS:
-        for dtype in ("float64", "float32"):
-            result = results[model, packing, dtype, split]
-            assert np.isnan(result.losses).tolist() == skipped
-            assert all(weight.isfinite().all() for weight in result.weights.values())
-            if dtype == "float64":
-                assert largest_difference(result, expected) < 1e-10
-            else:
-                np.testing.assert_allclose(result.losses, expected.losses, rtol=0, atol=1e-5)
-                np.testing.assert_allclose(result.norms, expected.norms, rtol=1e-5)
+    alike = [case for case in CASES if (case.model, case.packing) == (model, packing)]
+    for case, dtype in with_dtypes(alike):
+        result = results[case, dtype]
+        assert np.isnan(result.losses).tolist() == skipped, case
+        assert all(weight.isfinite().all() for weight in result.weights.values())
+        if dtype == "float64":
+            assert largest_difference(result, expected) < 1e-10, case
+        else:
+            np.testing.assert_allclose(result.losses, expected.losses, rtol=0, atol=1e-5, err_msg=str(case))
+            np.testing.assert_allclose(result.norms, expected.norms, rtol=1e-5, err_msg=str(case))

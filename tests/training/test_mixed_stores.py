@@ -109,7 +109,7 @@ def test_what_was_seen_of_every_store_is_counted_and_reported(made: Path, stores
         assert sum(line[f"tokens/{name}"] for name in STORES) == line["tokens_seen"]
     reported = json.loads((tmp_path / "mixture.json").read_text())
     found = {name: (store["planned_rows"], store["seen_rows"]) for name, store in reported["stores"].items()}
-    # math has three rows, to be read twice: of the 2.4 and 9.6 that its weights ask for 1.2 and 4.8 stay
+    # math has three rows, to be read twice, though its weights ask for 2.4 and 9.6
     assert found["math"] == (6, 6)
     assert all(planned == seen for planned, seen in found.values())
     assert sum(planned for planned, _ in found.values()) == STEPS * 4
@@ -126,6 +126,25 @@ def test_what_was_seen_of_every_store_is_counted_and_reported(made: Path, stores
     printed = [line for line in capsys.readouterr().err.splitlines() if line.split()[:1] == ["math"]]
     assert ["cut by max_epochs" in line for line in printed] == [True, True]  # at the start and at the end
     assert " 25.000%" in printed[1]
+
+
+def test_the_report_is_replaced_whole(made: Path, stores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    train(config_of(made, stores, **{"train.max_steps": 4}), tmp_path)
+    before = (tmp_path / "mixture.json").read_bytes()
+    with process_group() as environment:
+        trainer = Trainer(config_of(made, stores, **{"train.max_steps": 4}), tmp_path, environment)
+    trainer.rows_by_store = [1, 2, 3]
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        trainer._write_mixture()
+    assert (tmp_path / "mixture.json").read_bytes() == before
+
+
+def test_one_store_under_two_names_is_refused(made: Path, stores: Path, tmp_path: Path):
+    (tmp_path / "link").symlink_to(stores / "text" / "web")
+    mixed = {"web": {"weight": 1}, "again": {"weight": 1, "path": str(tmp_path / "link")}}
+    with pytest.raises(UserError, match=r"data\.stores\[1\] \(again\) is the store of data\.stores\[0\] \(web\)"):
+        config_of(made, stores, mixed=mixed, stages=[])
 
 
 def test_one_store_is_reported_as_ever(made: Path, stores: Path, tmp_path: Path):

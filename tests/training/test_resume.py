@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from tsumugu.data.sampler import row_at
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
-from tsumugu.training import checkpoint
+from tsumugu.training import checkpoint, saving
+from tsumugu.training import trainer as trainer_module
 from tsumugu.training.trainer import Outcome, Trainer, train
 
 STEPS = 6
@@ -215,3 +217,44 @@ def test_the_run_resumes_when_what_it_started_from_is_gone(made: Path, tmp_path:
     assert outcome == Outcome(STEPS, STEPS)
     state = json.loads((checkpoint.folder(tmp_path / "second", STEPS) / "state.json").read_text())
     assert state["step"] == STEPS
+
+
+def test_a_run_whose_hours_are_over_saves_in_time_and_goes_on(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """By a clock on which every step takes ten minutes and a checkpoint one hour, and building two hours."""
+    minutes = [0.0]
+    train_step, build = Trainer.train_step, trainer_module.build_optimizer
+
+    def passes(amount: float, action):
+        def slow(*arguments, **keywords):
+            result = action(*arguments, **keywords)
+            minutes[0] += amount
+            return result
+
+        return slow
+
+    clock = SimpleNamespace(monotonic=lambda: minutes[0] * 60, perf_counter=lambda: minutes[0] * 60)
+    for module in (trainer_module, saving):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(trainer_module, "build_optimizer", passes(120, build))
+    monkeypatch.setattr(Trainer, "train_step", passes(10, train_step))
+    monkeypatch.setattr(saving.dcp, "save", passes(60, saving.dcp.save))
+    waits = {"checkpoint.asynchronous": False, "checkpoint.every": 2}
+    config = config_of(made, "gpt_neox", **waits)
+    train(config, tmp_path / "whole")
+
+    minutes[0] = 0
+    hours = config_of(made, "gpt_neox", **waits | {"train.max_hours": 5.0})
+    # 120 of 300 minutes to start, 20 for two steps, 60 for their checkpoint: 200; two more steps and 1.5 times a
+    # checkpoint are 110 more, which is too long
+    assert train(hours, tmp_path / "run") == Outcome(2, STEPS, interrupted=True)
+    assert minutes[0] <= 300
+    assert checkpoint.complete_steps(tmp_path / "run") == [2]
+    unsaved = config_of(made, "gpt_neox", **waits | {"checkpoint.every": None, "train.max_hours": 2.8})
+    minutes[0] = 0
+    assert train(unsaved, tmp_path / "unsaved") == Outcome(3, STEPS, interrupted=True)
+    assert checkpoint.complete_steps(tmp_path / "unsaved") == [3]
+    for run in ("run", "unsaved"):
+        assert train(config, tmp_path / run) == Outcome(STEPS, STEPS)
+        assert figures(tmp_path / run) == figures(tmp_path / "whole")

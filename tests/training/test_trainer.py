@@ -10,16 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import yaml
 from support.models import VOCABULARY, tiny_config
+from support.ranks import run_ranks
 from support.runs import TIMINGS, StopAfter, run_config
 from support.stores import write_store
 
 from tsumugu import cli, config
+from tsumugu.data.batches import training_batches
 from tsumugu.distributed.environment import process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.errors import UserError
-from tsumugu.training import checkpoint
+from tsumugu.training import checkpoint, trainer
 from tsumugu.training.metrics import read_metrics
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Outcome, Trainer, train
@@ -65,6 +68,22 @@ def test_steps_are_timed_without_evaluations_and_checkpoints(
     monkeypatch.setattr(Trainer, "save", lambda self: (time.sleep(0.5), save(self))[1])
     train(config_of(made, **{"checkpoint.every": 1, "train.log_every": 3}), tmp_path)
     assert [line["step_seconds"] < 0.5 for line in read_metrics(tmp_path) if "loss" in line] == [True, True]
+
+
+def slow_second_rank(made: Path, folder: Path) -> None:
+    def late(*arguments):
+        if dist.get_rank() == 1:
+            time.sleep(0.3)
+        return training_batches(*arguments)
+
+    trainer.training_batches = late  # in this process alone
+    train(config_of(made), folder)
+    dist.barrier()
+
+
+def test_data_seconds_are_those_of_the_slowest_process(made: Path, tmp_path: Path):
+    run_ranks(slow_second_rank, 2, made, tmp_path)
+    assert [line["data_seconds"] >= 0.3 for line in read_metrics(tmp_path) if "loss" in line] == [True] * 3
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from tsumugu.data.mixture import Mixture
-from tsumugu.data.packing import Batch, Concatenated, LeftPadded, Row
+from tsumugu.data.packing import Batch, Row, Rows
 from tsumugu.errors import UserError
-
-Rows = Concatenated | LeftPadded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """This process's share of every global batch."""
+    """This process's share of every global batch.
+
+    With `by_length` the rows of a step are dealt out longest first, so that micro batches, and what all processes do at
+    the same time, are of like length; which rows a step holds stays the same.
+    """
 
     rank: int
     world_size: int
     global_batch_size: int
     micro_batch_size: int
+    by_length: bool = False
 
     def __post_init__(self):
         rows = self.micro_batch_size * self.world_size
@@ -41,30 +44,46 @@ class Share:
         return list(dealt[:, self.rank])
 
 
-def training_batches(rows: Sequence[Rows], mixture: Mixture, step: int, share: Share) -> tuple[list[Batch], np.ndarray]:
-    """The micro batches of one step: shuffled rows, and empty ones where the run ends within the step.
+def rows_read(rows: Sequence[Rows], mixture: Mixture, step: int, share: Share) -> tuple[np.ndarray, np.ndarray]:
+    """Stores and their rows that this process reads in a step, in order; fewer where the run ends within it.
 
     Args:
         rows: The rows of every store of the mixture, all of one packing.
         mixture: Which store and row stands at which position.
         step: The step, counted from 0.
         share: What this process takes of it.
+    """
+    positions = np.concatenate(share.positions(step))
+    if not share.by_length:
+        return mixture.at(positions[positions < mixture.total])
+    first = step * share.global_batch_size
+    stores, indices = mixture.at(np.arange(first, max(first, min(first + share.global_batch_size, mixture.total))))
+    lengths = [rows[store].length(index) for store, index in zip(stores.tolist(), indices.tolist(), strict=True)]
+    longest_first = np.argsort(-np.array(lengths, dtype=np.int64), kind="stable")
+    places = positions - first
+    mine = longest_first[places[places < len(lengths)]]
+    return stores[mine], indices[mine]
+
+
+def training_batches(rows: Sequence[Rows], mixture: Mixture, step: int, share: Share) -> tuple[list[Batch], np.ndarray]:
+    """The micro batches of one step: shuffled rows, and empty ones where the run ends within the step.
+
+    Args:
+        As of `rows_read`.
 
     Returns:
         The batches, and the stores of their rows, one batch after another, without the empty ones.
     """
-    now, later = (np.concatenate(share.positions(s)) for s in (step, step + 1))
-    filled = int((now < mixture.total).sum())
-    positions = np.concatenate([now, later])
-    stores, indices = mixture.at(positions[positions < mixture.total])
-    places = list(zip(stores.tolist(), indices.tolist(), strict=True))
-    taken: list[Row | None] = [rows[store].row(index) for store, index in places[:filled]]
-    taken += [None] * (len(now) - filled)
-    for store, index in places[filled:]:  # the disk reads the next step while the model computes this one
-        rows[store].announce(index)
+    stores, indices = rows_read(rows, mixture, step, share)
+    taken: list[Row | None] = [
+        rows[store].row(index) for store, index in zip(stores.tolist(), indices.tolist(), strict=True)
+    ]
     size = share.micro_batch_size
-    batches = [rows[0].collate(taken[start : start + size]) for start in range(0, len(taken), size)]
-    return batches, stores[:filled]
+    taken += [None] * (share.global_batch_size // share.world_size - len(taken))
+    # the disk reads the next step while the model computes this one
+    for store, index in zip(*(array.tolist() for array in rows_read(rows, mixture, step + 1, share)), strict=True):
+        rows[store].announce(index)
+    return [rows[0].collate(taken[start : start + size]) for start in range(0, len(taken), size)], stores
 
 
 def validation_batches(rows: Rows, share: Share, limit: int | None) -> Iterator[Batch]:

@@ -1,14 +1,15 @@
 """Which store's row stands at which position, when a run reads several stores: a pure function, like the order itself.
 
 Weights, token budgets and limits on epochs become whole numbers of rows, for every store in every stage, once, at the
-start. From them follows, for any position in constant memory, how often each store was read before it. Stores are
-interleaved by rounding their cumulative shares, and shuffled within short blocks, so that every stretch of the run has
-the planned shares to within a few rows; within a store the n-th use is `row_at(n, ...)`, so that every epoch of every
-store is a full permutation.
+start; a store that its limit holds back has its weight lowered, by one factor in all stages. From them follows, for any
+position in constant memory, how often each store was read before it. Stores are interleaved by rounding their
+cumulative shares, and shuffled within short blocks, so that every stretch of the run has the planned shares to within a
+few rows; within a store the n-th use is `row_at(n, ...)`, so that every epoch of every store is a full permutation.
 """
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -130,10 +131,10 @@ class Mixture:
 def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int, past: Past | None = None) -> Mixture:
     """The plan of a run.
 
-    A store with `tokens` has that many rows, spread evenly over the run; the rest of every stage is divided by weight.
-    Where every store has `tokens`, the run ends with the last of them. A store that would be read more often than its
-    max_epochs has its rows cut to that number, in every stage by the same factor, and the others of the stage take what
-    it leaves, in proportion to their weights.
+    A store with `tokens` has so many, rounded up to whole rows, spread evenly over the run; the rest of every stage is
+    divided by weight. Where every store has `tokens`, the run ends with the last of them. A store that would be read
+    more often than its max_epochs has its weight lowered, in all stages by the same factor, until it is read just so
+    often; the others keep theirs. Only where no division of rows at all would do is the run refused.
 
     Args:
         data: Stores and stages; its `entries` in the order of `rows`.
@@ -160,12 +161,12 @@ def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int
         None if entry.max_epochs is None else int(round(entry.max_epochs * available, 6))
         for entry, available in zip(entries, rows, strict=True)
     ]
-    budgets = _budgets(data, limits, steps, batch, past or none)
+    budgets = _budgets(data, limits, total, batch, past or none)
     limits = [None if limit is None else max(0, limit - n) for limit, n in zip(limits, used, strict=True)]
     weights = [[entry.weight or 0 for entry in entries]]
     weights += [[stage.weights.get(name, 0) for name in names] for stage in data.stages]
     if all(entry.tokens for entry in entries):
-        total, weights, budgets = min(total, begin + sum(budgets)), [budgets], [0] * len(entries)
+        total, weights, budgets = begin + sum(budgets), [budgets], [0] * len(entries)
     stage_starts = [0, *(stage.from_step * batch for stage in data.stages)]
     over = sum(start <= begin for start in stage_starts) - 1  # stages that are over when the run begins
     weights, stage_starts = weights[over:], [begin, *stage_starts[over + 1 :]]
@@ -173,19 +174,20 @@ def mix(data: DataConfig, rows: Sequence[int], total: int, batch: int, seed: int
     def starts_of(run: int) -> list[int]:
         return [start for start in stage_starts if start < run]
 
-    def plan_of(run: int) -> tuple[list[list[int]], set[int]] | None:
+    def lengths_of(run: int) -> list[int]:
         starts = starts_of(run)
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], run], strict=True)]
-        return plan(lengths, weights[: len(lengths)], budgets, limits)
+        if not starts:
+            return []
+        return [end - start for start, end in zip(starts, [*starts[1:], run], strict=True)]
 
-    if (found := plan_of(total)) is None:
-        least = (begin + sum(budgets)) // batch
-        possible = _last_true(lambda step: plan_of(step * batch) is not None, least, steps)
-        limited = ", ".join(f"{entry.name}: {entry.max_epochs:g}" for entry in entries if entry.max_epochs is not None)
-        raise UserError(
-            f"max_epochs of data.stores ({limited}) leaves rows for {possible} steps, the run has {steps}",
-            "raise it, give other stores a weight in every stage, or shorten the run",
-        )
+    if (found := plan(lengths_of(total), weights, budgets, limits)) is None:
+
+        def fits(steps: int) -> bool:
+            _, left = _spread(lengths_of(steps * batch), budgets)
+            return _fill([[0] * len(names) for _ in left], left, weights, limits)
+
+        possible = _last_true(fits, (begin + sum(budgets)) // batch, steps)
+        raise _short_of_rows(data, possible, steps)
     counts, cut = found
     seeds = tuple(seed if len(names) == 1 else _seed_of(f"{seed} {name}") for name in names)
     return Mixture(
@@ -248,62 +250,144 @@ def plan(
 ) -> tuple[list[list[int]], set[int]] | None:
     """Whole rows of every store in every stage.
 
+    Of all divisions within the limits it is the one nearest to the weights, in the sense of relative entropy: that is
+    what one factor a store means, which is 1 where its limit does not hold it back (Csiszár 1975, I-projection).
+
     Args:
         lengths: Rows of every stage.
-        weights: [stage][store], 0 for a store that has a budget.
-        budgets: [store] rows over the run, spread evenly; 0 for a store that is read by weight.
+        weights: [stage][store], 0 for a store that has a budget; stages that the run does not reach may follow.
+        budgets: [store] rows over the run, spread evenly, together no more than `lengths`; 0 for one read by weight.
         limits: [store] rows over the run at most, or None.
 
     Returns:
         [stage][store] rows, and the stores that were cut to their limits; None where limits leave a stage short.
     """
     stages, stores = range(len(lengths)), range(len(budgets))
-    ends = np.array([0, *itertools.accumulate(lengths)])
-    if sum(budgets) > ends[-1]:
+    spread, left = _spread(lengths, budgets)
+    if not _fill([[0] * len(stores) for _ in stages], left, weights, limits):
         return None
-    *counts, left = np.diff(_divide(ends, [*budgets, int(ends[-1]) - sum(budgets)])).tolist()
-    counts = [list(stage) for stage in zip(*counts, strict=True)]
+    factors = _factors(left, weights, limits)
 
-    cut: set[int] = set()
-    targets = [dict.fromkeys(stores, Fraction(0)) for _ in stages]
-    while True:
-        for stage in stages:
-            free = {s: Fraction(weights[stage][s]) for s in stores if s not in cut and weights[stage][s] > 0}
-            rest = left[stage] - sum(targets[stage][s] for s in cut)
-            if rest > 0 and not free:
-                return None
-            targets[stage] |= {s: rest * weight / sum(free.values()) for s, weight in free.items()}
-        wanted = [sum(target[s] for target in targets) for s in stores]
-        over = {s: limit for s in stores if s not in cut and (limit := limits[s]) is not None and wanted[s] > limit}
-        if not over:
-            break
-        for target in targets:
-            target |= {s: target[s] * limit / wanted[s] for s, limit in over.items()}
-        cut |= over.keys()
+    shares = [[Fraction(weights[stage][s]) * Fraction(factors[s]) for s in stores] for stage in stages]
+    targets = [[left[stage] * share / (sum(shares[stage]) or 1) for share in shares[stage]] for stage in stages]
+    for s in stores:  # the factors are right to a part of a row; limits are exact
+        wanted, limit = sum((target[s] for target in targets), Fraction(0)), limits[s]
+        if limit is not None and wanted > limit:
+            for target in targets:
+                target[s] *= limit / wanted
+    counts = [[int(rows) for rows in target] for target in targets]
+    owed = [sum((target[s] for target in targets), Fraction(0)) - sum(row[s] for row in counts) for s in stores]
+    filled = _fill(counts, left, weights, limits, owed)
+    assert filled, "what could be filled from nothing can be filled from a part"
+    both = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(spread, counts, strict=True)]
+    return both, {s for s in stores if factors[s] < 1}
 
-    # Rounded down first; the rows that are missing go to the stores that are owed most.
-    owed = wanted
-    for stage in stages:
-        for s in stores:
-            counts[stage][s] += int(targets[stage][s])
-            owed[s] -= int(targets[stage][s])
-    for stage in stages:
-        for _ in range(lengths[stage] - sum(counts[stage])):
-            room = [
-                s
-                for s in stores
-                if targets[stage][s] > 0 and ((limit := limits[s]) is None or sum(row[s] for row in counts) < limit)
+
+def _spread(lengths: Sequence[int], budgets: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """[stage][store] rows of the budgets, and the rows that they leave to the weights in every stage."""
+    ends = np.array([0, *itertools.accumulate(lengths)])
+    *spread, left = np.diff(_divide(ends, [*budgets, int(ends[-1]) - sum(budgets)])).tolist()
+    return [list(stage) for stage in zip(*spread, strict=True)], left
+
+
+def _factors(left: Sequence[int], weights: Sequence[Sequence[float]], limits: Sequence[int | None]) -> list[float]:
+    """The factor of every store's weights, at most 1, with which no store passes its limit.
+
+    One store after another is brought down to its limit, and again where others have come down since. Factors only
+    fall, and towards the answer: to lower one raises what the others are given. Nothing but what IEEE 754 rounds
+    exactly is used, so that every machine finds the same.
+    """
+    factors = [1.0] * len(limits)
+
+    def rows(store: int, factor: float, others: list[float]) -> float:
+        owns = [weight[store] * factor for weight in weights]
+        return sum(n * own / (own + other) for n, own, other in zip(left, owns, others, strict=False) if own > 0)
+
+    for _ in range(300):
+        settled = True
+        for store, limit in enumerate(limits):
+            if limit is None:
+                continue
+            others = [
+                sum(w * f for s, (w, f) in enumerate(zip(row, factors, strict=True)) if s != store) for row in weights
             ]
-            if not room:
-                return None
-            given = max(room, key=owed.__getitem__)
-            counts[stage][given] += 1
-            owed[given] -= 1
-    return counts, cut
+            allowed = limit * (1 + 1e-12) + 1e-6
+            low, high = 1e-200, factors[store]
+            if rows(store, high, others) <= allowed or high <= low:
+                continue
+            settled = False
+            for _ in range(70):
+                middle = math.sqrt(low) * math.sqrt(high)
+                low, high = (low, middle) if rows(store, middle, others) > limit else (middle, high)
+            factors[store] = low
+        if settled:
+            break
+    return factors
 
 
-def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: int, past: Past) -> list[int]:
-    """Rows left of every store that has a token budget, else 0, after checking that they fit the run."""
+def _fill(
+    counts: list[list[int]],
+    left: Sequence[int],
+    weights: Sequence[Sequence[float]],
+    limits: Sequence[int | None],
+    owed: list[Fraction] | None = None,
+) -> bool:
+    """Adds rows to counts until every stage has as many as `left` says, and whether it could be done at all.
+
+    The store that is owed most comes first. Where all stores of a stage are at their limits, one is taken from another
+    stage, in which others have rows left, and so on (augmenting paths; Ford and Fulkerson 1956).
+    """
+    stores = range(len(limits))
+    owed = owed or [Fraction(0)] * len(stores)
+    used = [sum(row[s] for row in counts) for s in stores]
+
+    def room(store: int) -> int:
+        limit = limits[store]
+        return sum(left) if limit is None else limit - used[store]
+
+    for stage, length in enumerate(left):
+        while (missing := length - sum(counts[stage])) > 0:
+            # How every store is reached: the stage that would read it, and the store that this stage gives up for it.
+            reached = {s: (stage, -1) for s in sorted(stores, key=lambda s: -owed[s]) if weights[stage][s] > 0}
+            for store in (queue := list(reached)):
+                if room(store) > 0:
+                    break
+                for other in range(len(left)):
+                    if counts[other][store] > 0:
+                        new = [s for s in stores if weights[other][s] > 0 and s not in reached]
+                        reached |= dict.fromkeys(new, (other, store))
+                        queue += new
+            else:
+                return False
+            path = [(store, *reached[store])]
+            while path[-1][2] >= 0:
+                path.append((path[-1][2], *reached[path[-1][2]]))
+            most = min([missing, room(store), *(counts[at][given] for _, at, given in path if given >= 0)])
+            rows = most if missing > len(stores) else 1  # the last ones singly, each to the store that is owed most
+            used[store] += rows
+            owed[store] -= rows
+            for taken, at, given in path:
+                counts[at][taken] += rows
+                if given >= 0:
+                    counts[at][given] -= rows
+    return True
+
+
+def _short_of_rows(data: DataConfig, possible: int, steps: int) -> UserError:
+    """The refusal of a run whose limits leave a stage without rows, with what can be done about it."""
+    limited = ", ".join(f"{entry.name}: {entry.max_epochs:g}" for entry in data.entries if entry.max_epochs is not None)
+    shorter = f", or shorten the run to {possible} steps" if possible else ""
+    beyond = [index for index, stage in enumerate(data.stages) if stage.from_step >= possible]
+    if possible and beyond:
+        shorter += f" without data.stages[{beyond[0]}]" + (" and those after it" if len(beyond) > 1 else "")
+    return UserError(
+        f"max_epochs of data.stores ({limited}) leaves rows for {possible} steps, the run has {steps}",
+        f"raise it, give a store without it a weight in every stage{shorter}",
+    )
+
+
+def _budgets(data: DataConfig, limits: Sequence[int | None], total: int, batch: int, past: Past) -> list[int]:
+    """Rows left of every store that has a token budget, else 0, after checking that they fit a run of `total` rows."""
     entries, length = data.entries, data.sequence_length
     for index, (entry, limit) in enumerate(zip(entries, limits, strict=True)):
         if entry.tokens is not None and limit is not None and entry.tokens > limit * length:
@@ -313,27 +397,38 @@ def _budgets(data: DataConfig, limits: Sequence[int | None], steps: int, batch: 
                 "lower tokens, or raise max_epochs",
             )
     left = [max(0, (entry.tokens or 0) - used * length) for entry, used in zip(entries, past.uses, strict=True)]
-    asked, step = past.position * length + sum(left), batch * length
+    budgets = [-(-tokens // length) for tokens in left]
+    asked, steps = past.position + sum(budgets), -(-total // batch)
+    needed = -(-asked // batch)
+    told = f"the tokens of data.stores are {asked * length} in all, in whole rows; the run has {total * length}"
     if all(entry.tokens for entry in entries):
-        if -(-asked // step) != steps:
+        if needed != steps:
             raise UserError(
-                f"the tokens of data.stores are {asked} in all, the run has {steps * step} ({steps} steps)",
-                f"set train.max_tokens to {asked}, or give a store a weight in place of tokens to take the rest",
+                f"{told} ({steps} steps)",
+                f"make it {needed} steps (train.max_tokens {asked * length}), "
+                "or give a store a weight in place of tokens to take the rest",
             )
-    elif asked >= steps * step:
+    elif asked >= total:
         raise UserError(
-            f"the tokens of data.stores are {asked} in all, the run has {steps * step} and leaves none to the weights",
-            "lower them, or lengthen the run",
+            f"{told} and leaves none to the weights",
+            f"lower them, or lengthen the run to {asked // batch + 1} steps or more",
         )
-    return [-(-tokens // length) for tokens in left]
+    return budgets
 
 
 def _last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number below `high` for which `holds`, which it does up to there from `low` on."""
+    """The largest number between `low` and `high` for which `holds`, which it does up to there; 0 where there is none.
+
+    But for rounding: the division of budgets among stages may tip a case that is tight to the row, so the number found
+    is held to what is asked of it.
+    """
+    first = low
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    while low > first and not holds(low):
+        low -= 1
+    return low if low > first else 0
 
 
 def _seed_of(key: str) -> int:

@@ -41,6 +41,7 @@ from tsumugu.data.steps import (
     Kept,
     Read,
     Task,
+    adds_bos,
     contamination_of,
     result_file,
     write_json,
@@ -218,6 +219,9 @@ def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> di
     for source in config.sources:
         arguments = [value for item in config.clean_of(source).hojichar for value in item.values()]
         lists += [value for value in arguments if isinstance(value, str) and Path(value).is_file()]
+    if config.kind == "instructions":
+        template = instructions.find_template(config.template, Path(config.tokenizer))
+        settings["template"] = instructions.definition(config.template, template)
     settings["files"] = corpus.fingerprints((*files, *filter(None, lists)))
     return json.loads(json.dumps(settings))
 
@@ -263,7 +267,7 @@ def _unfinished_settings(output: Path) -> dict | None:
 def check_records(config: PrepareConfig) -> None:
     """Refuses what no record could be read by: fields and templates that do not exist."""
     if config.kind == "instructions":
-        instructions.find_template(config.template)
+        instructions.find_template(config.template, Path(config.tokenizer))
     for index, source in enumerate(config.sources):
         if unknown := set(source.fields) - set(instructions.FIELDS):
             raise UserError(
@@ -280,17 +284,11 @@ def _check_special_tokens(config: PrepareConfig, contract: Contract) -> None:
         if wanted and token_id is None:
             raise UserError(f"prepare.{key} is set, but {config.tokenizer} has no such token", "set it to false")
     if config.kind == "instructions":
-        if contract.eos_id is None:
-            raise UserError(
-                f"{config.tokenizer} has no end-of-text token, which ends every response",
-                "use a tokenizer with an eos_token",
-            )
-        template = instructions.find_template(config.template)
-        if contract.newline == "lost" and "\n" in template.without_input:
-            raise UserError(
-                f"template {config.template} has newlines, which the tokenizer {config.tokenizer} cannot express",
-                "use a tokenizer with a newline",
-            )
+        tokenizer = Path(config.tokenizer)
+        template = instructions.find_template(config.template, tokenizer)
+        if config.template == "chat" and config.add_bos:
+            raise UserError("prepare.add_bos is set, but a chat template writes bos by itself", "leave it out")
+        instructions.check_template(template, config.template, tokenizer, contract)
 
 
 @contextlib.contextmanager
@@ -369,13 +367,24 @@ def _write_manifest(
             f"of {splits['train']['documents']} documents none was chosen for validation",
             "add documents, raise prepare.validation_share, or set it to 0 to train without validation",
         )
-    copy_tokenizer(Path(config.tokenizer), output / "tokenizer")
+    tokenizer = Path(config.tokenizer)
+    copy_tokenizer(tokenizer, output / "tokenizer")
+    template = None
+    if config.kind == "instructions":
+        found = instructions.find_template(config.template, tokenizer)
+        template = instructions.definition(config.template, found)
+        chat_template = instructions.jinja_of(found, adds_bos(config, contract))
+        (output / "tokenizer" / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     manifest = {
         "version": store.FORMAT_VERSION,
         "kind": config.kind,
-        "tokenizer": {"fingerprint": contract.fingerprint, "vocab_size": contract.vocab_size},
-        "template": config.template if config.kind == "instructions" else None,
-        "add_bos": contract.adds_bos if config.add_bos is None else config.add_bos,
+        "tokenizer": {
+            "fingerprint": contract.fingerprint,
+            "vocab_size": contract.vocab_size,
+            "files": store.describe_files(output / store.TOKENIZER),
+        },
+        "template": template,
+        "add_bos": adds_bos(config, contract),
         "add_eos": config.kind == "instructions" or (contract.adds_eos if config.add_eos is None else config.add_eos),
         "splits": splits,
         "sources": {name: dict(sorted(counts.items())) for name, counts in sources.items()},
@@ -394,7 +403,7 @@ def describe(manifest: dict) -> str:
         f"{name}: {count:,} {reason}"
         for name, counts in manifest["sources"].items()
         for reason, count in counts.items()
-        if reason.startswith("dropped") or reason == "set aside"
+        if reason.startswith(("dropped", "shortened")) or reason == "set aside"
     ]
     if manifest["kind"] == "text" and not (manifest["add_bos"] or manifest["add_eos"]):
         parts.append("nothing marks where documents end (set prepare.add_eos or prepare.add_bos)")

@@ -19,12 +19,14 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from tsumugu.config import PrepareConfig, Source
-from tsumugu.data import corpus, instructions, store
+from tsumugu.data import corpus, instructions, store, too_long
 from tsumugu.data.cleaning.clean import Cleaner
 from tsumugu.data.comparison import dedup
 from tsumugu.data.comparison.contamination import Contamination
 from tsumugu.data.documents import Documents, DocumentWriter
 from tsumugu.data.executor import Progress
+from tsumugu.data.instructions.chat import ChatTemplate
+from tsumugu.data.instructions.encode import special_ids
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder
@@ -63,6 +65,12 @@ def _encoder(folder: str, fingerprint: str) -> BulkEncoder:
 
 
 @functools.lru_cache(maxsize=1)
+def _template(name: str, tokenizer: str) -> instructions.Template | ChatTemplate:
+    """One a process."""
+    return instructions.find_template(name, Path(tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
 def _contamination(identities: tuple) -> Contamination | None:
     """One a process, of the files at the head of `identities`."""
     return Contamination([path for path, *_ in identities]) if identities else None
@@ -71,6 +79,13 @@ def _contamination(identities: tuple) -> Contamination | None:
 def contamination_of(config: PrepareConfig) -> Contamination | None:
     files = corpus.find_files(config.contamination) if config.contamination else []
     return _contamination(tuple(map(tuple, corpus.fingerprints(files))))
+
+
+def adds_bos(config: PrepareConfig, contract: Contract) -> bool:
+    """Whether a bos token is stored before every document; a tokenizer's own chat template writes it by itself."""
+    if config.kind == "instructions" and config.template == "chat":
+        return False
+    return contract.adds_bos if config.add_bos is None else config.add_bos
 
 
 class Tally:
@@ -161,7 +176,7 @@ def _content(record: corpus.Record, task: Task, config: PrepareConfig) -> str:
     if task.source.kind == "text":
         return corpus.column_of(record, task.columns[0])
     messages = instructions.messages_of(record.values, task.source.fields)
-    instructions.find_template(config.template).segments(messages)  # refuses what it has no place for
+    _template(config.template, config.tokenizer).segments(messages)  # refuses what it has no place for
     return instructions.to_json(messages)
 
 
@@ -250,8 +265,9 @@ class Fit(PipelineStep):
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         for documents in _batches(data):
             fit = _fit(documents)
-            for document, arrays in zip(fit, self.encoding(fit), strict=True):
-                document.metadata["dropped"] = self.encoding.unfit(*arrays)
+            for document, encoded in zip(fit, self.encoding(fit), strict=True):
+                parts, reason = self.encoding.parts(encoded)
+                document.metadata["dropped"] = None if parts else reason
             yield from documents
 
 
@@ -332,14 +348,18 @@ class Encode(PipelineStep):
         progress = Progress(output / WORK / self.stage, rank)
         for documents in _batches(data):
             wanted = _wanted(documents, tally)
-            for document, arrays in zip(wanted, self.encoding(wanted), strict=True):
-                if reason := self.encoding.unfit(*arrays):
-                    document.metadata["dropped"] = reason
+            for document, encoded in zip(wanted, self.encoding(wanted), strict=True):
+                parts, note = self.encoding.parts(encoded)
+                if not parts:
+                    document.metadata["dropped"] = note
                     tally.drop(document)
                     continue
-                writers["validation" if document.metadata["validation"] else "train"].add(*arrays)
-                tally.counts["documents"] += 1
+                for part in parts:
+                    writers["validation" if document.metadata["validation"] else "train"].add(*part)
+                tally.counts["documents"] += len(parts)
                 tally.counts["characters"] += len(document.text)
+                if note:
+                    tally.counts[note] += 1
             progress.show(documents[-1].metadata["at"])
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
@@ -350,40 +370,48 @@ class _Encoding:
 
     def __init__(self, config: PrepareConfig, contract: Contract):
         self.config, self.contract = config, contract
-        add_bos = contract.adds_bos if config.add_bos is None else config.add_bos
+        add_bos = adds_bos(config, contract)
         add_eos = contract.adds_eos if config.add_eos is None else config.add_eos
         self.before = np.array([contract.bos_id] if add_bos and contract.bos_id is not None else [], np.int32)
         self.after = np.array([contract.eos_id] if add_eos and contract.eos_id is not None else [], np.int32)
 
-    def __call__(self, documents: list[Document]) -> Iterable[tuple[np.ndarray, ...]]:
-        """(ids,) of each document, (ids, mask) of each conversation."""
+    def __call__(self, documents: list[Document]) -> Iterable[tuple[np.ndarray, ...] | UserError]:
+        """(ids,) of each document, (ids, mask) of each conversation or why it cannot be used."""
         encode = _encoder(self.config.tokenizer, self.contract.fingerprint)
         encode_all = self._encode_conversations if self.config.kind == "instructions" else self._encode_texts
         return encode_all(documents, encode)
 
-    def unfit(self, ids: np.ndarray, mask: np.ndarray | None = None) -> str | None:
-        """Why it is not stored, where it is not."""
+    def parts(self, encoded: tuple[np.ndarray, ...] | UserError) -> tuple[list[tuple[np.ndarray, ...]], str | None]:
+        """The documents that the store holds of it, and how they were shortened; or none, and why."""
+        if isinstance(encoded, UserError):
+            return [], encoded.message
+        ids, *masks = encoded
         if len(ids) == 0:
-            return "empty"
-        if self.config.max_length and len(ids) > self.config.max_length:
-            return "longer than prepare.max_length"
-        return "no supervised token" if mask is not None and not mask.any() else None
+            return [], "empty"
+        parts, shortened, most = [encoded], None, self.config.max_length
+        if masks and most and len(ids) > most:
+            parts, shortened = too_long.fit(ids, masks[0], most, self.config.too_long, head=len(self.before))
+            if not parts:
+                return [], "longer than prepare.max_length"
+        return ([], "no supervised token") if masks and not parts[0][1].any() else (parts, shortened)
 
     def _encode_texts(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
         """(ids,) of each document, without tokens where it encodes to none."""
         for ids in encode([document.text for document in documents]):
             yield (np.concatenate([self.before, ids, self.after]) if len(ids) else ids,)
 
-    def _encode_conversations(self, documents: list[Document], encode: BulkEncoder) -> Iterable[tuple[np.ndarray, ...]]:
-        """(ids, mask) of each conversation."""
-        assert self.contract.eos_id is not None
+    def _encode_conversations(
+        self, documents: list[Document], encode: BulkEncoder
+    ) -> Iterable[tuple[np.ndarray, ...] | UserError]:
+        """(ids, mask) of each conversation, or why it cannot be used."""
         return instructions.encode_conversations(
             [instructions.from_json(document.text) for document in documents],
-            instructions.find_template(self.config.template),
+            _template(self.config.template, self.config.tokenizer),
             encode,
             self.before.tolist(),
             self.contract.eos_id,
             self.config.train_on,
+            special_ids(Path(self.config.tokenizer)),
         )
 
 

@@ -1,7 +1,7 @@
 """The token store: documents as token ids in Megatron's MMIDIDX files, with a supervision mask where there is one.
 
     manifest.json            kind, tokenizer fingerprint, counts, size and sha256 of every file
-    tokenizer/               the tokenizer and its contract
+    tokenizer/               the tokenizer, its contract and its chat template, if it has one
     train/00000.bin          token ids, document after document (uint16 or int32)
     train/00000.idx          MMIDIDX: dtype, length and byte offset of every document
     train/00000.mask         supervised data only: one byte a token, 1 = supervised
@@ -12,7 +12,6 @@ one is no store. This module writes, maps and verifies; it neither tokenises nor
 """
 
 import bisect
-import functools
 import hashlib
 import itertools
 import json
@@ -20,9 +19,12 @@ import mmap
 import os
 import resource
 import struct
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +34,20 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 
-_MANIFEST_KEYS = ("kind", "tokenizer", "template", "add_bos", "splits")  # those that are read back
+TOKENIZER = "tokenizer"
+
+_KINDS = ("text", "instructions")
+# What is read back of a manifest: keys and types, lists with the shape of their items, and `...` for every key.
+_FILES = {...: {"size": int, "sha256": str}}
+_COUNTS = {"documents": int, "tokens": int, "longest_document": int}
+_MANIFEST = {
+    "kind": str,
+    "tokenizer": {"fingerprint": str, "files": _FILES},
+    "template": (str, dict, type(None)),
+    "add_bos": bool,
+    "add_eos": bool,
+    "splits": {split: {**_COUNTS, "shards": [{**_COUNTS, "name": str, "files": _FILES}]} for split in SPLITS},
+}
 
 _IDX_HEADER = b"MMIDIDX\x00\x00"
 _DTYPE_CODES: dict[int, type] = {4: np.int32, 8: np.uint16}  # the codes that megatron-core gives these dtypes
@@ -176,6 +191,16 @@ class Shard:
                 return slice(start // itemsize, stop // itemsize)
         raise UserError(f"{self.prefix}.idx: documents do not follow one another", "prepare the store again")
 
+    def starts(self, documents: slice) -> np.ndarray:
+        """Tokens (documents,) int64 at which these documents begin."""
+        if len(self._lengths) == self.documents:
+            return self._pointers[documents] // self.tokens.itemsize
+        return self._pointers[self._sequence_of_document[:-1][documents]] // self.tokens.itemsize
+
+    def documents_before(self, token: int) -> int:
+        """How many documents begin before a token."""
+        return bisect.bisect_left(range(self.documents), token, key=lambda i: int(self.starts(slice(i, i + 1))[0]))
+
     def announce(self, part: slice) -> None:
         """Lets the kernel begin to read these tokens from disk, and does not wait for it."""
         for mapped, itemsize in ((self._bin, self.tokens.itemsize), (self._mask, 1)):
@@ -185,6 +210,8 @@ class Shard:
 
 
 def _map(path: Path) -> mmap.mmap:
+    if not path.is_file():
+        raise UserError(f"{path} is missing", "prepare the store again")
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise UserError(f"{path} is empty", "prepare the store again")
@@ -207,7 +234,8 @@ class Split:
         self._token_starts = list(itertools.accumulate((shard["tokens"] for shard in shards), initial=0))
         self._document_starts = list(itertools.accumulate((shard["documents"] for shard in shards), initial=0))
         self.longest_document = max((shard["longest_document"] for shard in shards), default=0)
-        self._shard = functools.lru_cache(_mapped_shards_at_most(len(shards)))(self._map_shard)
+        self._shards: dict[int, Shard] = {}
+        self._self: weakref.ref[Split] = weakref.ref(self)
 
     @property
     def tokens(self) -> int:
@@ -242,6 +270,35 @@ class Split:
         offset = self._token_starts[shard_index]
         return offset + part.start, offset + part.stop
 
+    def document_starts(self, start: int, stop: int) -> np.ndarray:
+        """Tokens of the stream, from `start` to before `stop`, at which documents begin."""
+        found, offset = [np.zeros(0, np.int64)], start
+        for shard, part in self._parts(start, stop):
+            first, last = (shard.documents_before(token) for token in (part.start, part.stop))
+            found.append(shard.starts(slice(first, last)) + (offset - part.start))
+            offset += part.stop - part.start
+        return np.concatenate(found)
+
+    def document_bounds(self) -> np.ndarray:
+        """(documents + 1,) int64: where every document begins and ends in the stream.
+
+        Raises:
+            UserError: Documents that do not follow one another.
+        """
+        bounds = [np.zeros(1, np.int64)]
+        for index, offset in enumerate(self._token_starts[:-1]):
+            shard = self._shard(index)
+            starts = np.append(shard.starts(slice(None)), len(shard.tokens))
+            if starts[0] != 0 or (np.diff(starts) < 0).any():
+                raise UserError(f"{shard.prefix}.idx: documents do not follow one another", "prepare the store again")
+            bounds.append(starts[1:] + offset)
+        return np.concatenate(bounds)
+
+    @property
+    def identity(self) -> list:
+        """What tells the documents of this split from those of others: the hashes of its indexes, in order."""
+        return [file["sha256"] for shard in self._entries for name, file in shard["files"].items() if ".idx" in name]
+
     def announce(self, start: int, stop: int) -> None:
         """Lets the kernel begin to read tokens [start, stop) from disk, and does not wait for it."""
         for shard, part in self._parts(start, stop):
@@ -253,6 +310,16 @@ class Split:
             offset, end = self._token_starts[shard_index : shard_index + 2]
             yield self._shard(shard_index), slice(start - offset, min(stop, end) - offset)
             start, shard_index = end, shard_index + 1
+
+    def _shard(self, index: int) -> Shard:
+        key = self._self, index
+        if index in self._shards:
+            _mapped.move_to_end(key)
+        else:
+            _make_room()
+            self._shards[index] = self._map_shard(index)
+            _mapped[key] = None
+        return self._shards[index]
 
     def _map_shard(self, index: int) -> Shard:
         entry = self._entries[index]
@@ -266,17 +333,25 @@ def _joined(arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _mapped_shards_at_most(shards: int) -> int:
-    """How many shards of one split stay mapped at a time: a map of Python's holds a file open, three are a shard's.
+# The shards that this process has mapped, of all stores together, as split and place; the least recently used first.
+_mapped: OrderedDict[tuple[weakref.ref[Split], int], None] = OrderedDict()
 
-    The system's limit on open files is raised as far as it may be where it is too low; a split takes an eighth of it.
+
+def _make_room() -> None:
+    """Before one more shard is mapped: a map of Python's holds a file open, and a shard has up to three.
+
+    Half of the files that may be open are the stores'. The system's limit is raised as far as it may be where that is
+    too low; beyond it, the least recently used shard goes.
     """
-    wanted = 8 * 3 * shards
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = 2 * 3 * (len(_mapped) + 1)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = 2 * needed if hard == resource.RLIM_INFINITY else min(2 * needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return shards if soft == resource.RLIM_INFINITY else max(1, min(shards, soft // (8 * 3)))
+    while _mapped and soft != resource.RLIM_INFINITY and soft < 2 * 3 * (len(_mapped) + 1):
+        (split, index), _ = _mapped.popitem(last=False)
+        if (found := split()) is not None:
+            del found._shards[index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +374,7 @@ class Store:
 
 
 def open_store(path: Path) -> Store:
-    """Maps a store, after checking that every file of its manifest is there at its size.
+    """Opens a store, after checking that every shard of its manifest is there at its size.
 
     Raises:
         UserError: No store there, or files missing or of another size.
@@ -310,12 +385,17 @@ def open_store(path: Path) -> Store:
 
 
 def verify(path: Path) -> None:
-    """Reads every file of a store and compares its sha256 with the manifest.
+    """Reads every file of a store, its tokenizer's too, and compares its sha256 with the manifest.
 
     Raises:
-        UserError: The first file that differs.
+        UserError: The first file that differs, is missing, or has come to the tokenizer since.
     """
-    for name, entry in _files(_check_sizes(path)):
+    manifest = _check_sizes(path)
+    of_tokenizer = manifest["tokenizer"]["files"]
+    if added := sorted({file.name for file in (path / TOKENIZER).iterdir()} - of_tokenizer.keys()):
+        raise UserError(f"{path / TOKENIZER / added[0]} is no file of the store", "move it elsewhere")
+    for name, entry in [*((f"{TOKENIZER}/{name}", entry) for name, entry in of_tokenizer.items()), *_files(manifest)]:
+        _check_size(path / name, entry)
         if sha256(path / name) != entry["sha256"]:
             raise UserError(f"{path / name} is not what was written (its sha256 differs)", "prepare the store again")
 
@@ -332,9 +412,24 @@ def read_manifest(path: Path) -> dict:
         raise UserError(f"{path / MANIFEST} is damaged (it holds no JSON object)", "prepare the store again")
     if manifest.get("version") != FORMAT_VERSION:
         raise UserError(f"{path}: store version {manifest.get('version')} is not read here", "prepare the store again")
-    if missing := [key for key in _MANIFEST_KEYS if key not in manifest]:
-        raise UserError(f"{path / MANIFEST} is damaged (it lacks {', '.join(missing)})", "prepare the store again")
+    if fault := _fault(manifest, _MANIFEST):
+        raise UserError(f"{path / MANIFEST} is damaged ({fault})", "prepare the store again")
+    if manifest["kind"] not in _KINDS:
+        raise UserError(f"{path}: a store of {manifest['kind']!r} is not read here", f"known: {', '.join(_KINDS)}")
     return manifest
+
+
+def _fault(content: Any, shape: Any, place: str = "") -> str | None:
+    """What is missing or of another type in what was read from JSON, by its first place; None where nothing is."""
+    if isinstance(shape, dict) and isinstance(content, dict):
+        wanted = {key: shape[...] for key in content} if ... in shape else shape
+        parts = {f"{place}.{key}".removeprefix("."): (content.get(key, _fault), inner) for key, inner in wanted.items()}
+    elif isinstance(shape, list) and isinstance(content, list):
+        parts = {f"{place}[{index}]": (item, shape[0]) for index, item in enumerate(content)}
+    else:
+        fits = not isinstance(shape, dict | list) and isinstance(content, shape)
+        return None if fits else f"it lacks {place}" if content is _fault else f"{place} is {content!r:.80}"
+    return next(filter(None, (_fault(item, inner, at) for at, (item, inner) in parts.items())), None)
 
 
 def describe_split(shards: list[dict]) -> dict:
@@ -346,6 +441,11 @@ def describe_split(shards: list[dict]) -> dict:
     }
 
 
+def describe_files(folder: Path) -> dict:
+    """Size and sha256 of every file of a folder, by name, as the manifest holds them."""
+    return {file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(folder.iterdir())}
+
+
 def sha256(file: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with open(file, "rb") as stream:
@@ -355,12 +455,15 @@ def sha256(file: Path) -> str:
 def _check_sizes(path: Path) -> dict:
     manifest = read_manifest(path)
     for name, entry in _files(manifest):
-        file = path / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing", "prepare the store again")
-        if file.stat().st_size != entry["size"]:
-            raise UserError(f"{file} has {file.stat().st_size} bytes, not {entry['size']}", "prepare the store again")
+        _check_size(path / name, entry)
     return manifest
+
+
+def _check_size(file: Path, entry: dict) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} is missing", "prepare the store again")
+    if file.stat().st_size != entry["size"]:
+        raise UserError(f"{file} has {file.stat().st_size} bytes, not {entry['size']}", "prepare the store again")
 
 
 def _files(manifest: dict) -> Iterable[tuple[str, dict]]:

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -26,8 +27,11 @@ class Environment:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Environment]:
+def process_group(timeout: timedelta | None = None) -> Iterator[Environment]:
     """Joins the process group that the launcher describes, and leaves it at the end.
+
+    Args:
+        timeout: Of its collectives; None: torch's own (gloo: 30 minutes, NCCL: 10).
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is the only process.
     A group that exists already is used as it is.
@@ -42,7 +46,7 @@ def process_group() -> Iterator[Environment]:
     joined_here = not dist.is_initialized()
     if joined_here:
         if world_size > 1:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

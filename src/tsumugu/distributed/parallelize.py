@@ -1,25 +1,149 @@
-"""Laying a model on the meta device over the mesh with FSDP2."""
+"""Laying a model on the meta device over the mesh: recomputation → compile → offloading → FSDP2, in that order.
+
+Each of them wraps the `forward` of a decoder layer, so that the hooks of FSDP2 stay outside and no parameter changes
+its name. None changes what is computed, but for rounding where the compiler fuses operations.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from tsumugu.config import ParallelConfig
+
+# Matrix products and attention, by the names of torch's operators, whichever of them this torch has.
+_KEPT = {
+    *("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", "aten::_scaled_mm"),
+    *("aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_flash_attention_for_cpu"),
+    *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
+    *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),
+    *("aten::_efficient_attention_forward", "torch_attn::_varlen_attn", "flex_attention"),
+}
+_SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory is worth
 
 
-def shard(model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def parallelize(
+    model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, config: ParallelConfig
+) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 
     Parameters keep their dtype (the master weights); they are gathered in `compute_dtype`. Gradients are reduced in
     the parameters' dtype as plain sums: the loss is already divided by the global token count, gloo has no
     pre-multiplied sum, and NCCL's rounds in bf16.
+
+    Args:
+        model: On the meta device.
+        layers: Its decoder layers, in their order.
+        mesh: Axes (replicate, shard).
+        compute_dtype: In which weights are gathered and used.
+        config: With nothing left to decide (see `distributed.paths`).
     """
+    for index, layer in enumerate(layers):
+        if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
+            layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
+        if config.compile:
+            layer.forward = torch.compile(layer.forward)
+        if config.offload_activations and mesh.device_type == "cuda":
+            layer.forward = _offloaded(layer.forward, layer)
+
     master_dtype = next(model.parameters()).dtype
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype
     )
-    for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload_optimizer else OffloadPolicy()
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    for layer in layers:
+        shard(layer, reshard_after_forward=config.reshard_after_forward != "never")
+    shard(model)  # the root stays gathered after forward: its head is the first to be used by backward
+    for module in _groups(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if config.prefetch > 1:
+        _prefetch([module for module in layers if isinstance(module, FSDPModule)], config.prefetch)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops gathered weights, which forward without backward leaves in memory."""
+    for module in _groups(model):
+        module.reshard()
+
+
+def _groups(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _prefetch(layers: list[FSDPModule], count: int) -> None:
+    """Gathers `count` layers ahead, where FSDP2 by itself gathers one while the one before it is computed."""
+    for index, layer in enumerate(layers):
+        layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + count])
+        layer.set_modules_to_backward_prefetch(layers[max(0, index - count) : index][::-1])
+
+
+def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    """`forward` whose intermediate results are computed again by backward, with the same dropout.
+
+    Selectively: all but the results of matrix products and attention, which cost most time and are kept.
+    """
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+
+    @functools.wraps(forward)
+    def recomputed(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operator.name() if isinstance(operator, torch._ops.OpOverload) else str(operator)
+    kept = name.partition(".")[0] in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    """`forward` whose tensors for backward wait in pinned host memory, copied on a stream of their own.
+
+    Weights are left alone, since FSDP2 has them gathered again. Backward queues the copies back ahead of its work, as
+    far as the host is ahead of the device.
+    """
+    stream: torch.cuda.Stream | None = None
+
+    @functools.wraps(forward)
+    def offloaded(*args, **kwargs):
+        nonlocal stream
+        copies = stream = stream or torch.cuda.Stream()
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in layer.parameters())
+        weights = {p.untyped_storage().data_ptr() for p in local}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device]:
+            small = tensor.nbytes < _SMALLEST_OFFLOADED
+            if small or not tensor.is_cuda or tensor.untyped_storage().data_ptr() in weights:
+                return tensor
+            copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(copies):
+                packed = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            tensor.record_stream(copies)
+            return packed, tensor.device
+
+        def unpack(packed: torch.Tensor | tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+            if isinstance(packed, torch.Tensor):
+                return packed
+            with torch.cuda.stream(copies):
+                tensor = packed[0].to(packed[1], non_blocking=True)
+            torch.cuda.current_stream().wait_stream(copies)
+            tensor.record_stream(torch.cuda.current_stream())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    return offloaded

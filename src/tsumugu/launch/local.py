@@ -20,13 +20,17 @@ def most_processes() -> int:
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def launch(arguments: list[str], run_dir: Path, processes: int | None = None) -> int:
+_NOT_RETRIED = (2, 3)  # the input is wrong: it stays so; interrupted: as asked
+
+
+def launch(arguments: list[str], run_dir: Path, processes: int | None = None, max_restarts: int = 0) -> int:
     """Runs `tsumugu train ARGUMENTS` in several processes that find each other on this machine.
 
     Args:
         arguments: Of `tsumugu train`, but for --run-dir.
         run_dir: The run folder.
         processes: Default: one a GPU; without GPUs, one.
+        max_restarts: How often all are started again, from the newest checkpoint, after one of them has died.
 
     Returns:
         The exit code: 0, that of the first process that failed, 3 for a run that was interrupted and can go on.
@@ -52,11 +56,37 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None) ->
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+    code = 0
+    try:
+        for restart in range(max_restarts + 1):
+            code, rank = _run(launch_config, run_dir, arguments)
+            if code in (0, *_NOT_RETRIED) or restart == max_restarts:
+                break
+            ended = f"signal {code - 128}" if code > 128 else f"exit code {code}"
+            print(
+                f"tsumugu: rank {rank} ended with {ended}: restart {restart + 1} of {max_restarts}, from "
+                f"{_newest(run_dir)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    except SignalException as error:  # the children were given time to save, and said how far they came
+        return 3 if complete_steps(run_dir) else 128 + error.sigval
+    return code
+
+
+def _run(launch_config: LaunchConfig, run_dir: Path, arguments: list[str]) -> tuple[int, int]:
+    """Exit code of one start of all processes, 128 + N for a signal N, and the rank that had it first."""
     try:
         elastic_launch(launch_config, sys.executable)("-m", "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
     except ChildFailedError as error:
-        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
-        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
-    except SignalException as error:  # the children were given time to save, and said how far they came
-        return 3 if complete_steps(run_dir) else 128 + error.sigval
-    return 0
+        # a process that ends takes others with it, which then end with codes of their own
+        rank, first = min(
+            error.failures.items(), key=lambda item: (item[1].exitcode not in _NOT_RETRIED, item[1].timestamp)
+        )
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode, rank
+    return 0, 0
+
+
+def _newest(run_dir: Path) -> str:
+    steps = complete_steps(run_dir)
+    return f"step {steps[-1]}" if steps else "the start"

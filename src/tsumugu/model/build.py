@@ -25,7 +25,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from tsumugu.distributed.parallelize import shard
+from tsumugu.config import ParallelConfig
+from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import Contract
 
@@ -75,6 +76,11 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"no causal language model of type {config.model_type}: {reason}", "mend its config") from None
 
 
+def count_parameters(config: PretrainedConfig) -> int:
+    """Of the whole model; a tied head counts once."""
+    return meta_model(config, torch.float32).num_parameters()
+
+
 def build_model(
     config: PretrainedConfig,
     mesh: DeviceMesh,
@@ -82,27 +88,41 @@ def build_model(
     master_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     fill: Callable[[PreTrainedModel, list], None],
+    parallel: ParallelConfig | None = None,
 ) -> PreTrainedModel:
     """A sharded model whose parameters `fill` sets.
 
     Args:
         config: What to build.
         mesh: Axes (replicate, shard).
-        device: Where this process's shards live.
+        device: What this process computes on; its shards live there, or with parallel.offload_optimizer on the host.
         master_dtype: dtype of the parameters.
         compute_dtype: dtype in which they are gathered and used.
         fill: `initialised(seed)`, `pretrained(folder)`, or a function that loads a checkpoint; it is given the model
             and transformers' conversion mapping, taken before sharding renames the classes by which it is found.
+        parallel: With nothing left to decide (see `distributed.paths`).
     """
+    parallel = parallel or ParallelConfig()
     model = meta_model(config, master_dtype)
     mapping, transformers_module = get_model_conversion_mapping(model), type(model).__module__
-    shard(model, decoder_layers(model), mesh, compute_dtype)
+    parallelize(model, decoder_layers(model), mesh, compute_dtype, parallel)
     # transformers takes fully_shard's class for custom code, and does not initialise what GPT-2's attention asks for
     type(model).__module__ = transformers_module
-    model.to_empty(device=device)
+    if parallel.offload_optimizer:
+        model.to_empty(device="cpu")
+        for module in model.modules():
+            module._buffers |= {name: b.to(device) for name, b in module._buffers.items() if b is not None}
+    else:
+        model.to_empty(device=device)
     model.tie_weights()
     fill(model, mapping)
     return model
+
+
+def _mesh(model: PreTrainedModel) -> DeviceMesh:
+    parameter = next(model.parameters())
+    assert isinstance(parameter, DTensor)
+    return parameter.device_mesh
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -111,12 +131,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def attention_implementation(model: PreTrainedModel) -> str:
+    """transformers' name of it: sdpa, eager, ..."""
+    return str(model.config._attn_implementation)
+
+
 def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model by transformers' own initialisation, as a function of the seed alone: equal for every mesh."""
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
-        device = next(model.parameters()).device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), _WholeDraws():
+        on_gpu = _mesh(model).device_type == "cuda"
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
             _run_init_weights(model)
         for module in model.modules():
@@ -174,13 +199,34 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
 def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[int, Sequence[int]]) -> dict[str, Any]:
     """The tensors on disk of the embedding and the head, with new rows."""
     whole = meta_model(model.config, torch.float32)
-    modules = [module for module in (whole.get_input_embeddings(), whole.get_output_embeddings()) if module is not None]
-    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
-    names = [name for name, p in whole.named_parameters(remove_duplicate=False) if id(p) in parameters]
+    names = vocabulary_names(whole)
     on_disk = [disk for name in names for disk in disk_names(whole, {name: whole.get_parameter(name)})]
     # A folder of the model without its head leaves the prefix out.
     found = {key for key in state_dict for name in on_disk if name == key or name.endswith(f".{key}")}
     return {key: _Grown(state_dict[key], model.config.vocab_size, new_rows) for key in found}
+
+
+def vocabulary_names(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that have a row for every id: those of the input embedding and of the head."""
+    modules = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    parameters = {id(parameter) for module in modules for parameter in module.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in parameters}
+
+
+def grown(tensor: torch.Tensor, size: int, new_rows: NewRows) -> torch.Tensor:
+    """A whole tensor (ids, ...) with `size` rows, the new ones made as `pretrained` says."""
+    return _Grown(tensor, size, dict(new_rows))[...]
+
+
+def place(whole: torch.Tensor, parameter: torch.Tensor) -> None:
+    """Copies a tensor that every process has whole into a parameter, or into this process's shard of it."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            whole = whole.to(parameter.device, parameter.dtype)
+            sliced = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(sliced.to_local())
+        else:
+            parameter.copy_(whole)
 
 
 class _Grown:
@@ -265,7 +311,8 @@ class _WholeDraws(TorchDispatchMode):
             return func(*args, **kwargs)
         assert func.overloadpacket.__name__.endswith("_"), f"{func} draws a new tensor, which is not sliced here"
         tensor = args[0]
-        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        # on the device that computes, also where the shards are on the host: the numbers are those of its generator
+        whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device_mesh.device_type)
         func(whole, *args[1:], **kwargs)
         sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor.to_local().copy_(sliced.to_local())
@@ -277,7 +324,8 @@ def _zero_row(weight: torch.Tensor, row: int) -> None:
     keep[row] = 0
     with torch.no_grad():
         if isinstance(weight, DTensor):
-            weight.mul_(distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None))
+            sliced = distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.to_local().mul_(sliced.to_local().to(weight.device))
         else:
             weight.mul_(keep)
 

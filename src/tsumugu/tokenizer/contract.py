@@ -21,9 +21,10 @@ VERSION = 1
 _FILE = "contract.json"
 _SEAL = "tokenizer_json_sha256"
 EXTENSION_FILE = "extension.json"  # of extend.py
+CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *(EXTENSION_FILE, _FILE),
+    *(CHAT_TEMPLATE, EXTENSION_FILE, _FILE),
 )
 
 # What tokenizers of Japanese get wrong: width, compatibility and old forms, combining marks, spaces, unknowns.
@@ -187,7 +188,9 @@ def read_extension(path: Path) -> dict:
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:
-    """Copies a tokenizer and its contract, and nothing else that lies in the folder, such as the weights of a model."""
+    """Copies a tokenizer, its chat template and its contract, and nothing else, such as the weights of a model.
+
+    The template is no part of the fingerprint: it changes no id."""
     output.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source / name).exists():
@@ -200,7 +203,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     from tsumugu.tokenizer.load import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
-    special = {name: tokenizer.token_to_id(token) for name, token in _special_tokens(folder).items()}
+    special = {name: tokenizer.token_to_id(token) for name, token in special_tokens(folder).items()}
     unk, bos, eos, pad = (special.get(f"{name}_token") for name in ("unk", "bos", "eos", "pad"))
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = [""] * (max(vocabulary.values()) + 1)
@@ -227,7 +230,7 @@ def _describe(folder: Path, golden_texts: Iterable[str]) -> Contract:
     )
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
+def special_tokens(folder: Path) -> dict[str, str]:
     """{"bos_token": "<s>", ...} as transformers reads them: tokenizer_config.json over special_tokens_map.json."""
     named: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):

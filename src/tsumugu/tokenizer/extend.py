@@ -8,7 +8,6 @@ embedding from theirs (model/build.py).
 
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ from tsumugu.tokenizer.contract import (
     write_contract,
 )
 from tsumugu.tokenizer.convert import NORMAL, SCORE_GRID, SPACE
-
-CHAT_TEMPLATE = "chat_template.jinja"
 
 Method = Literal["mean_of_pieces", "mean"]
 
@@ -142,7 +139,7 @@ def add_tokens(
         return len(strings), 0
 
     def write(partial: Path) -> None:
-        _copy(source, partial)
+        copy_tokenizer(source, partial)
         # not extended.to_str(): reading and writing moves scores by a unit in their last place
         layout = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         layout["added_tokens"] = json.loads(extended.to_str())["added_tokens"]
@@ -212,7 +209,7 @@ def add_pieces(
     extended |= {part: json.loads(converted.to_str())[part] for part in ("model", "normalizer", "pre_tokenizer")}
 
     def write(partial: Path) -> None:
-        _copy(source, partial)
+        copy_tokenizer(source, partial)
         (partial / "tokenizer.model").write_bytes(grown.SerializeToString())
         (partial / "tokenizer.json").write_text(json.dumps(extended, ensure_ascii=False, indent=2), encoding="utf-8")
         if not lossless:
@@ -278,13 +275,6 @@ def _spelt(fast: Tokenizer, content: str) -> list[int]:
     ids = fast.encode(content, add_special_tokens=False).ids
     alone = fast.token_to_id(SPACE)
     return ids[1:] if len(ids) > 1 and ids[0] == alone and not content.startswith((" ", SPACE)) else ids
-
-
-def _copy(source: Path, partial: Path) -> None:
-    """The tokenizer, and the chat template that an import has brought."""
-    copy_tokenizer(source, partial)
-    if (source / CHAT_TEMPLATE).is_file():
-        shutil.copyfile(source / CHAT_TEMPLATE, partial / CHAT_TEMPLATE)
 
 
 def _seal_again(source: Path, partial: Path) -> None:

@@ -19,10 +19,10 @@ from tokenizers import AddedToken, Tokenizer, processors
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer import convert, load
-from tsumugu.tokenizer.contract import EXTENSION_FILE, GOLDEN, Contract, write_contract
+from tsumugu.tokenizer.contract import CHAT_TEMPLATE, EXTENSION_FILE, GOLDEN, Contract, write_contract
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model")
-_HUB_FILES = ["tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+_HUB_FILES = ["tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE]
 _NAMES = ("unk_token", "bos_token", "eos_token", "pad_token")
 
 # What slow tokenizers of transformers put around a text when nothing says otherwise: (bos, eos).
@@ -126,6 +126,8 @@ def import_tokenizer(source: str, output: Path, sample: Iterable[str] = (), newl
 
 
 def _read_source(source: str) -> _Source:
+    if not source.strip():
+        raise UserError("SOURCE is empty", "name a SentencePiece .model file, a Hugging Face folder, or a hub name")
     path = Path(source)
     if path.is_file():
         return _Source(source, convert.read_model(path), path)
@@ -151,9 +153,15 @@ def _read_source(source: str) -> _Source:
     for id, token in found.named.get("added_tokens_decoder", {}).items():
         found.added[token["content"]] = {**token, "id": int(id)}
     if tokenizer_file:
-        found.added |= {token["content"]: token for token in _read_json(tokenizer_file).get("added_tokens", [])}
-    if (folder / "chat_template.jinja").is_file():
-        found.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        layout = _read_json(tokenizer_file)
+        try:
+            Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises bare Exception
+            reason = " ".join(str(error).split())
+            raise UserError(f"{source}: its tokenizer.json cannot be read: {reason}", "copy it anew") from None
+        found.added |= {token["content"]: token for token in layout.get("added_tokens", [])}
+    if (folder / CHAT_TEMPLATE).is_file():
+        found.chat_template = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     elif isinstance(template := found.named.get("chat_template"), str):
         found.chat_template = template
     return found
@@ -171,12 +179,23 @@ def _read_json(path: Path) -> dict:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    nowhere = f"{name}: no such file or folder"
+    if name.startswith((".", "/", "~")) or name.endswith((".model", ".json")):
+        raise UserError(nowhere, "check the path")
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        raise UserError(f"{nowhere}, and no name on the hub can be so", "check it") from None
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{nowhere}, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set)",
+            "go online, or copy the tokenizer's files here and name their folder",
+        ) from None
     except Exception as error:  # of many kinds, by what is wrong
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name}: no such file or folder, nor on the hub: {reason}", "check the name") from None
+        raise UserError(f"{nowhere}, nor on the hub: {reason}", "check the name") from None
 
 
 def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
@@ -215,7 +234,7 @@ def _write(found: _Source, folder: Path, newline: str | None) -> Contract:
         assert found.tokenizer_file is not None
         shutil.copyfile(found.tokenizer_file, folder / "tokenizer.json")
     if found.chat_template:
-        (folder / "chat_template.jinja").write_text(found.chat_template, encoding="utf-8")
+        (folder / CHAT_TEMPLATE).write_text(found.chat_template, encoding="utf-8")
     return write_contract(folder)
 
 

@@ -38,6 +38,10 @@ _SENTENCE = re.compile(f"[^。\n{_RESERVED}]+。?|。")
 _REQUIRED = SPACE + "".join(map(chr, range(0x21, 0x7F)))
 
 
+class VocabularyTooLargeError(UserError):
+    """The corpus does not have so many pieces: a smaller vocabulary may do."""
+
+
 @dataclass(frozen=True)
 class TrainingReport:
     """What a tokenizer was trained on.
@@ -79,7 +83,8 @@ def train_tokenizer(
         seed: Of the sample.
 
     Raises:
-        UserError: The output exists, the corpus is empty or not valid Unicode, or it does not allow this vocabulary.
+        VocabularyTooLargeError: The corpus does not allow so large a vocabulary.
+        UserError: The output exists, the corpus is empty or not valid Unicode, or the vocabulary is too small for it.
     """
     count, total = _measure(documents, output)
     chosen = _Sample(documents, keep=sample_bytes / total, seed=seed)
@@ -136,7 +141,7 @@ def train_byte_level(
     )
     tokenizer.train_from_iterator(sample(), trainer)
     if (made := tokenizer.get_vocab_size()) < vocab_size:
-        raise UserError(
+        raise VocabularyTooLargeError(
             f"a vocabulary of {vocab_size} is larger than the corpus allows, which is {made}",
             f"set --vocab-size to {made} or less, or give more text",
         )
@@ -227,7 +232,7 @@ def _train(sample: _Sample, vocab_size: int, reserved: int) -> ModelProto:
         if sample.error is not None:
             raise sample.error from None
         if found := re.search(r"Vocabulary size too high .* <= (\d+)", str(error)):
-            raise UserError(
+            raise VocabularyTooLargeError(
                 f"a vocabulary of {vocab_size} is larger than the corpus allows, which is {found[1]}",
                 f"set --vocab-size to {found[1]} or less, or give more text",
             ) from None

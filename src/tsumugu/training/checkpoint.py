@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 
 from tsumugu.data.store import sha256
 from tsumugu.errors import UserError
-from tsumugu.model.build import rebuild_buffers, tied_names
+from tsumugu.model.build import NewRows, grown, place, rebuild_buffers, tied_names, vocabulary_names
 from tsumugu.training.storages import Group, Part, find_sharing, flush, received, send, together
 
 COMPLETE = "COMPLETE"
@@ -219,12 +219,23 @@ def load(tensors: dict[str, Any], source: Whole | Path) -> None:
         raise
 
 
-def weights(source: Whole) -> Callable[[PreTrainedModel, list], None]:
-    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh."""
+def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh.
+
+    Args:
+        source: The checkpoint.
+        new_rows: Rows of the vocabulary that it lacks, as for `model.build.pretrained`.
+    """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
         rebuild_buffers(model)
-        load({"model": _model_state(model)}, source)
+        state = _model_state(model)
+        vocabulary = vocabulary_names(model) & state.keys() if new_rows else set()
+        stored: dict[str, Any] = read_metadata(source.path).state_dict_metadata if vocabulary else {}
+        whole = {name: torch.empty(stored[f"model.{name}"].size, dtype=state[name].dtype) for name in vocabulary}
+        load({"model": state | whole}, source)
+        for name, tensor in whole.items():
+            place(grown(tensor, len(state[name]), new_rows), state[name])
         model.tie_weights()
 
     return fill

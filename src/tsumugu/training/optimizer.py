@@ -43,14 +43,18 @@ def clip_gradients(
 
 
 def take_step(optimizer: torch.optim.AdamW, skip: torch.Tensor, grad_scale: torch.Tensor | None) -> None:
-    """The optimizer's step, without effect on weights and moments where `skip` is true; nothing waits for the device.
+    """The optimizer's step, without effect on weights and moments where `skip` is true.
+
+    Nothing waits for the device, but where parameters are on the host and `skip` has to come there.
 
     Args:
         optimizer: A fused one: its kernel reads both tensors, as it does for torch's own GradScaler.
-        skip: A scalar on the device.
+        skip: A scalar on the device that computes.
         grad_scale: What the gradients are multiplied by.
     """
-    vars(optimizer).update(found_inf=skip.float(), grad_scale=grad_scale)
+    device = optimizer.param_groups[0]["params"][0].device
+    grad_scale = None if grad_scale is None else grad_scale.to(device)
+    vars(optimizer).update(found_inf=skip.float().to(device), grad_scale=grad_scale)
     optimizer.step()
 
 

@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,27 +23,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PretrainedConfig
 
 from tsumugu import config as configuration
-from tsumugu.config import ScheduleConfig, TrainingRun
-from tsumugu.data.batches import Rows, Share, training_batches, validation_batches
+from tsumugu.config import DataConfig, ScheduleConfig, TrainingRun
+from tsumugu.data.audit import quick_audit
+from tsumugu.data.batches import Share, rows_read, training_batches, validation_batches
 from tsumugu.data.mixture import Mixture, Past, mix, report, table
-from tsumugu.data.packing import IGNORE_INDEX, PACKINGS, Batch
+from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
+from tsumugu.distributed import paths
 from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
+from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import build
+from tsumugu.model import attention, build
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
-from tsumugu.training import checkpoint
+from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
+from tsumugu.training.isolation import crossing
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib
 from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
+from tsumugu.training.profile import Profile
 from tsumugu.training.saving import Saver
 from tsumugu.training.schedule import check_schedule, decay_steps, learning_rate
 from tsumugu.training.signals import StopRequest, stop_requests
 from tsumugu.training.storages import new_group, together
+from tsumugu.training.trackers import check_trackers, open_trackers
+from tsumugu.training.watchdog import PATIENCE, Watchdog, group_timeout, outlast
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -63,11 +71,17 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     Every process of a torchrun job calls it; without torchrun this is the only process.
 
     Raises:
-        UserError: A configuration, store, model or checkpoint that cannot be used, or a full disk.
+        UserError: A configuration, store, model or checkpoint that cannot be used, a full disk, or too little memory.
     """
+    hang_timeout = config.train.hang_timeout
     try:
-        with process_group() as environment, stop_requests() as request:
-            return Trainer(config, run_dir, environment).train(request)
+        with process_group(group_timeout(hang_timeout)) as environment, stop_requests() as request:
+            watchdog = Watchdog(hang_timeout, environment.rank)
+            with watchdog.watching(), _memory_explained(config, environment):
+                trainer = Trainer(config, run_dir, environment, watchdog)
+                outlast(hang_timeout)
+                with _memory_explained(config, environment, trainer):
+                    return trainer.train(request)
     except (OSError, CheckpointException) as error:
         if checkpoint.is_disk_full(error):
             raise UserError(f"no space left to write {run_dir}", "free space, then start again: it resumes") from None
@@ -77,10 +91,14 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
 class Trainer:
     """One run, built and ready to take steps."""
 
-    def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment):
+    def __init__(self, config: TrainingRun, run_dir: Path, environment: Environment, watchdog: Watchdog | None = None):
         self.started = time.monotonic()
         self.config, self.run_dir, self.environment = config, run_dir, environment
+        self.watchdog = watchdog or Watchdog(None, environment.rank)
+        self.watchdog.mark("building: reading stores, configuration and weights", PATIENCE)
         self.device = environment.device
+        check_trackers(config.train.log_to)
+        self.profile = Profile(config.train, run_dir, environment.rank, self.device)
         opened = _open_stores(config)
         contract = opened.contract
         self.share = Share(
@@ -88,15 +106,19 @@ class Trainer:
             world_size=environment.world_size,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
+            by_length=config.data.group_by_length,
         )
         self.max_steps = opened.steps
         check_schedule(self.max_steps, config.schedule)
 
         self.group = new_group()
         resumed = checkpoint.newest(run_dir, self.group, report=lambda line: print(line, flush=True))
+        if not resumed and config.data.audit != "off":
+            on_main(lambda: _audit(config.data, opened.stores))
         saved = resumed or (checkpoint.find(config.train.start_from, self.group) if config.train.start_from else None)
         self.model_config = _model_config(config, contract, environment, saved, resumed is not None)
-        dtype = config.train.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")
+        processor = on_main(lambda: paths.this_device(self.device))
+        dtype = paths.compute_dtype(config.train.dtype, processor)
         branched = saved if saved and not resumed and config.train.start_state == "full" else None
         state = resumed.state() if resumed else {}
         if branched:
@@ -108,22 +130,61 @@ class Trainer:
         if resumed:
             _check_identity(state, self.identity, resumed)
         self.resumed = resumed is not None
-        compute_dtype = _DTYPES[dtype]
+        self.compute_dtype = compute_dtype = _DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
-        fill = checkpoint.weights(saved) if saved else _starting_weights(config)
+        new = [] if saved is None or resumed else on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer")))
+        fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
-        self.model = build.build_model(self.model_config, mesh, self.device, master_dtype, compute_dtype, fill)
+        weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize
+        parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
+        self.model = build.build_model(
+            self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel
+        )
+        self.paths = paths.describe(
+            asked=config.parallel,
+            asked_dtype=config.train.dtype,
+            decided=parallel,
+            dtype=dtype,
+            device=processor,
+            attention=build.attention_implementation(self.model),
+            mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+            weight_bytes=weight_bytes,
+        )
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.attention: str | None = None
+        if config.data.documents_apart:
+            self.attention = attention.keep_documents_apart(self.model, compute_dtype)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)
+        self.first_step = self.step + 1
+        if self.attention:
+            self._check_isolation(compute_dtype)
 
         self.token_bytes = torch.zeros(self.model_config.vocab_size, dtype=torch.int64, device=self.device)
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
+        self.squared_norms: torch.Tensor | None = None  # of the latest step that is logged, with train.log_norms
         self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
         self.saver = Saver(run_dir, self.group, config.checkpoint, self._keeps)
+
+    def _check_isolation(self, dtype: torch.dtype) -> None:
+        """Refuses a model that does not keep the documents of a row apart."""
+        rows, name = self.data.train_rows[0], self.model_config.model_type
+        shape = self.config.train.micro_batch_size, self.config.data.sequence_length
+        self.model.eval()
+        if not self.takes_positions:
+            far = math.inf
+        else:
+            far = crossing(self.logits, rows, shape, self.model_config.vocab_size, dtype)
+            reshard(self.model)  # else the root's parameters stay whole until a backward pass
+        if far:
+            raise UserError(
+                f"a model of type {name} does not keep the documents of a row apart, which "
+                f"{'data.packing best_fit' if isinstance(rows, BestFit) else 'data.document_mask'} needs",
+                "set data.packing to pad_left" if isinstance(rows, BestFit) else "set data.document_mask to false",
+            )
 
     @property
     def mixed(self) -> bool:
@@ -168,9 +229,9 @@ class Trainer:
             self._note_saved()
             self._say_mixture()
         finally:
-            with contextlib.suppress(
-                Exception, CheckpointException
-            ):  # what has ended the run is raised; what is being written is finished
+            self.profile.close()
+            # what has ended the run is raised; what is being written is finished
+            with contextlib.suppress(Exception, CheckpointException):
                 self.saver.wait()
             if self.metrics:
                 self.metrics.close()
@@ -182,9 +243,10 @@ class Trainer:
         interval, previous, saved = _Interval(), None, self.step if self.resumed else None
         while self.step < self.max_steps:
             step, last = self.step + 1, self.step + 1 == self.max_steps
-            log_due = step == 1 or _due(step, self.config.train.log_every) or last
+            log_due = self._log_due(step)
             evaluation_due = _due(step, self.config.evaluate.every) or last
             checkpoint_due = _due(step, self.config.checkpoint.every) or self._keeps(step) or last
+            self.profile.before(step)
             with interval.timed():
                 launched = self.train_step(request)
                 stands = previous is None or self._settle(previous)  # while the device is busy with the next one
@@ -194,6 +256,7 @@ class Trainer:
                     interval.add(launched)
                     if log_due or evaluation_due or checkpoint_due:
                         stands, previous = self._settle(launched), None
+            self.profile.after(step)
             if not stands:
                 interval, previous, saved = _Interval(), None, self.step
                 continue
@@ -223,6 +286,7 @@ class Trainer:
         Counts and the wish to stop are exchanged between the hosts; the device is not waited for.
         """
         started = time.perf_counter()
+        self._mark("reading data")
         torch.manual_seed(self._step_seed())
         batches, stores = training_batches(self.data.train_rows, self.data.mixture, self.step, self.share)
         data_seconds = time.perf_counter() - started
@@ -230,14 +294,19 @@ class Trainer:
             int(self._must_stop(request) or self.saver.failed),
             sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches),
             sum(sum(batch.lengths) for batch in batches),
-            sum(length**2 for batch in batches for length in batch.lengths),
+            sum(batch.squared_lengths for batch in batches),
         ]
         lengths = [length for batch in batches for length in batch.lengths][: len(stores)]
         by_store = [np.bincount(stores, values, len(self.data.stores)) for values in (None, lengths)]
         counts += [int(count) for counted in by_store for count in counted]
-        total = torch.tensor(counts)
+        # every process puts its own data_seconds into a place of its own, so that the sum holds them all
+        waited = [0] * self.environment.world_size
+        waited[self.environment.rank] = int(data_seconds * 1e9)
+        total = torch.tensor([*counts, *waited])
+        self._mark("exchanging counts with the other processes")
         dist.all_reduce(total)
-        stops, supervised, tokens, squared_lengths, *counts_by_store = total.tolist()
+        stops, supervised, tokens, squared_lengths, *counts_by_store = total[: len(counts)].tolist()
+        data_seconds = total[len(counts) :].max().item() / 1e9  # of the slowest
         if stops:
             return None
         if self.step in self.passed_over:
@@ -262,14 +331,20 @@ class Trainer:
         self.model.train()
         scale = self.loss_scale.scale if self.loss_scale else None
         own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            self._mark(f"in forward and backward of micro batch {number} of {len(batches)}")
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
         loss = own_loss.clone()
+        self._mark("reducing the loss and the gradient norm")
         dist.all_reduce(loss)
+        if self.config.train.log_norms and self._log_due(self.step + 1):
+            self.squared_norms = norms.squared_norms(self.model)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
+        grad_norm = grad_norm.to(self.device)  # from the host, with parallel.offload_optimizer
         verdict = self.guard.judge(loss, grad_norm)
+        self._mark("taking the optimizer's step")
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -298,6 +373,7 @@ class Trainer:
         Raises:
             UserError: The step would do harm and the run is to stop, or too many in a row were skipped.
         """
+        self._mark(f"waiting for the device to end step {launched.step}")
         figures, guard = launched.figures(), self.config.guard
         if figures.verdict == APPLIED:
             self.skipped_in_a_row = 0
@@ -333,8 +409,7 @@ class Trainer:
 
     def _whence(self, step: int, own_loss: float) -> str:
         """The ranks whose loss is not finite (or all, where each is), and the rows of the step that they read."""
-        positions = np.concatenate(self.share.positions(step - 1))
-        stores, indices = self.data.mixture.at(positions[positions < self.data.mixture.total])
+        stores, indices = rows_read(self.data.train_rows, self.data.mixture, step - 1, self.share)
         rows = [f"{self.data.mixture.names[store]}:{index}" for store, index in zip(stores, indices, strict=True)]
         everywhere: list = [None] * self.environment.world_size
         dist.all_gather_object(everywhere, (math.isfinite(own_loss), rows))
@@ -345,6 +420,7 @@ class Trainer:
 
     def _rewind(self, back_to: checkpoint.Whole, spiked: int) -> None:
         """Goes back to a checkpoint, and will pass over the rows of the step that spiked and of the one before it."""
+        self._mark(f"going back to the checkpoint of step {back_to.step}", PATIENCE)
         passed_over = self.passed_over | {spiked - 1, max(back_to.step, spiked - 2)}
         checkpoint.weights(back_to)(self.model, [])
         checkpoint.load_optimizer(back_to, self.model, self.optimizer)
@@ -364,11 +440,14 @@ class Trainer:
         sums = torch.zeros(len(self.data.stores), 3, dtype=torch.float64, device=self.device)
         for rows, of_store in zip(self.data.validation_rows, sums, strict=True):
             for batch in validation_batches(rows, self.share, self.config.evaluate.batches):
+                self._mark("evaluating")
                 labels = torch.from_numpy(batch.labels).to(self.device)
                 supervised = labels[labels != IGNORE_INDEX]
                 of_store[0] += self._summed_loss(batch)
                 of_store[1] += supervised.numel()
                 of_store[2] += self.token_bytes[supervised].sum()
+        reshard(self.model)
+        self._mark("evaluating: reducing the sums")
         dist.all_reduce(sums)
         figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
         if self.mixed:
@@ -380,6 +459,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint of the steps done, while training goes on."""
+        self._mark("saving a checkpoint", PATIENCE)
         state = self._state() | {
             "template": self.data.stores[0].manifest["template"],
             "add_bos": self.data.stores[0].manifest["add_bos"],
@@ -423,36 +503,67 @@ class Trainer:
 
         def open_figures() -> None:
             self._open_metrics()
+            self._say_paths()
             if self.past and self.metrics:
                 before = (f"{name} after {uses} rows" for name, uses in zip(names, self.past.uses, strict=True))
                 self.metrics.say(f"goes on at step {self.step} from another run; stores: {', '.join(before)}")
             self._write_mixture()
             self._say_mixture()
+            self._say_packing()
 
         names = self.data.mixture.names
         together(self.group, lambda: write_origin() if self.saver.leads else None)
         on_main(open_figures)
 
     def _open_metrics(self) -> None:
-        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, list(self.config.train.log_to))
+        redacted = configuration.redacted(dataclasses.asdict(self.config))
+        trackers = open_trackers(self.config.train.log_to, self.run_dir, self.step, redacted)
+        self.metrics = Metrics(self.run_dir, self.step, self.max_steps, trackers)
+
+    def _say_paths(self) -> None:
+        assert self.metrics
+        for line in self.paths:
+            self.metrics.say(line)
 
     def _write_mixture(self) -> None:
         if self.mixed:
             reported = report(self.data.mixture, self.rows_by_store, self.tokens_by_store)
-            content = json.dumps(reported, ensure_ascii=False, indent=1)
-            (self.run_dir / "mixture.json").write_text(content, encoding="utf-8")
+            partial = self.run_dir / ".mixture.json"
+            partial.write_text(json.dumps(reported, ensure_ascii=False, indent=1), encoding="utf-8")
+            partial.replace(self.run_dir / "mixture.json")
 
     def _say_mixture(self) -> None:
         if self.mixed and self.metrics:
             self.metrics.say(table(report(self.data.mixture, self.rows_by_store, self.tokens_by_store)))
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+    def _say_packing(self) -> None:
+        if not self.metrics:
+            return
+        for name, rows in zip(self.data.mixture.names, self.data.train_rows, strict=True):
+            if isinstance(rows, BestFit):
+                self.metrics.say(f"{name}: best_fit fills {rows.filled:.2%} of {len(rows):,} rows")
+        if self.attention:
+            self.metrics.say(self.attention)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """(batch, tokens, vocabulary); every process calls it."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
         tensors = {key: torch.from_numpy(a).to(self.device) for key, a in inputs.items() if a is not None}
-        labels = torch.from_numpy(batch.labels).to(self.device)
-        return summed_loss(self.model(**tensors, use_cache=False).logits, labels)
+        boundaries = attention.arguments(self.model, batch.boundaries, batch.input_ids.shape[1])
+        # transformers keeps documents apart by restarting positions only without a cache and without a mask
+        return self.model(**tensors, **boundaries, use_cache=False).logits
+
+    def _summed_loss(self, batch: Batch) -> torch.Tensor:
+        return summed_loss(self.logits(batch), torch.from_numpy(batch.labels).to(self.device))
+
+    def _mark(self, doing: str, patience: float = 1.0) -> None:
+        first = self.step + 1 == self.first_step  # compiles, and starts what starts late
+        self.watchdog.mark(f"{doing} (after {self.step} steps)", PATIENCE if first else patience)
+
+    def _log_due(self, step: int) -> bool:
+        return step in (1, self.max_steps) or _due(step, self.config.train.log_every)
 
     def _learning_rate(self) -> float:
         """Of the step that is being taken, the one after the `self.step` steps done."""
@@ -465,8 +576,14 @@ class Trainer:
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
 
     def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
+        memory_peak = torch.tensor(memory_peak_gib(self.device))
+        self._mark("comparing the processes' figures")
+        dist.all_reduce(memory_peak, dist.ReduceOp.MAX)
         if not self.metrics:
             return
+        of_parts = {}
+        if self.squared_norms is not None:
+            of_parts = norms.figures(self.model, self.squared_norms, figures.loss_scale if self.loss_scale else 1.0)
         seconds = interval.seconds
         world_size = self.environment.world_size
         tokens_per_second = interval.tokens / seconds
@@ -485,11 +602,12 @@ class Trainer:
                 "tokens_per_second_per_device": tokens_per_second / world_size,
                 "tflops_per_device": flops_per_second / 1e12,
                 "mfu": flops_per_second / peak if peak else None,
-                "memory_peak_gib": memory_peak_gib(self.device),
+                "memory_peak_gib": memory_peak.item(),
                 "step_seconds": seconds / interval.steps,
                 "data_seconds": interval.data_seconds / interval.steps,
             }
             | self._seen_by_store()
+            | of_parts
         )
 
     def _seen_by_store(self) -> dict:
@@ -517,7 +635,7 @@ class Launched:
         step: Its number, counted from 1.
         tokens: Inputs on all processes.
         squared_lengths: Of its rows, their sum.
-        data_seconds: Taken by reading them.
+        data_seconds: For which the slowest process made its rows.
         values: From `Trainer._update`; None for a step without a supervised token, which changes nothing.
     """
 
@@ -579,6 +697,31 @@ class _Data(_Stores):
     mixture: Mixture
 
 
+@contextlib.contextmanager
+def _memory_explained(config: TrainingRun, environment: Environment, trainer: Trainer | None = None) -> Iterator[None]:
+    """Says where the memory is where it runs out, with the model that there is by then."""
+    device = environment.device
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found, options = None, []
+        place = f"rank {environment.rank}, building the model"
+        if trainer is not None:
+            place = f"rank {environment.rank}, step {trainer.step + 1}"
+            found = memory.measure(
+                trainer.model,
+                trainer.optimizer,
+                config,
+                trainer.model_config.vocab_size,
+                trainer.compute_dtype,
+                device,
+            )
+            options = memory.changes(config, found, environment.world_size)
+        block, refusal = memory.out_of_memory(error, place, found, options, device)
+        memory.say(block)
+        raise refusal from None
+
+
 def planned_steps(config: TrainingRun) -> int:
     """The steps that a configuration asks for, on the stores that it names."""
     opened = _open_stores(config)
@@ -607,10 +750,9 @@ def _open_stores(config: TrainingRun) -> _Stores:
     stores = [open_store(Path(entry.path)) for entry in config.data.entries]
     contract, *_ = (_store_contract(store) for store in stores)
     _check_alike(config, stores)
-    packing = PACKINGS[config.data.packing]
     pad_id = contract.pad_id or 0  # what a padded position holds is never seen: it is neither attended to nor a label
     train_rows, validation_rows = (
-        [packing(split, config.data.sequence_length, pad_id) for split in splits]
+        [rows_of(config.data, split, pad_id, stores[0].supervised, config.train.seed) for split in splits]
         for splits in ([store.train for store in stores], [store.validation for store in stores])
     )
     sizes = [len(rows) for rows in train_rows]
@@ -623,6 +765,18 @@ def _open_stores(config: TrainingRun) -> _Stores:
 def _mixture(config: TrainingRun, opened: _Stores, past: Past | None) -> Mixture:
     sizes = [len(rows) for rows in opened.train_rows]
     return mix(config.data, sizes, opened.total_rows, config.train.global_batch_size, config.train.seed, past)
+
+
+def _audit(data: DataConfig, stores: list[Store]) -> None:
+    """Looks at some rows of every store, says what is suspicious, and refuses what would teach the wrong thing."""
+    for store in stores:
+        for finding in quick_audit(store).findings:
+            about = f"{finding.count} of {finding.of} {finding.unit}: " if finding.of else ""
+            message = f"{store.path}: {finding.name}: {about}{finding.message}"
+            if finding.level == "error" and data.audit == "refuse":
+                hint = f"{finding.mend}; `tsumugu audit {store.path}` shows more; data.audit: warn trains all the same"
+                raise UserError(message, hint)
+            print(f"tsumugu: warning: {message} ({finding.mend})", file=sys.stderr, flush=True)
 
 
 def _store_contract(store: Store) -> Contract:
@@ -650,7 +804,8 @@ def _check_alike(config: TrainingRun, stores: list[Store]) -> None:
                 )
     if first.supervised and config.data.packing == "concatenate":
         raise UserError(
-            f"data.packing is concatenate, but {first.path} holds instructions", "set data.packing to pad_left"
+            f"data.packing is concatenate, but {first.path} holds instructions",
+            "set data.packing to best_fit (or pad_left)",
         )
 
 
@@ -696,8 +851,9 @@ def _model_config(
         run_dir = saved.run_dir
         result = on_main(lambda: build.read_config(str(run_dir / "model")))  # a storage that is new has none yet
         if not resumed:
-            name = str(config.train.start_from)
-            on_main(lambda: _check_tokenizer(str(run_dir / "tokenizer"), contract, "train.start_from", name))
+            extension = on_main(lambda: _check_start(config, saved, contract))
+            if extension:
+                result.vocab_size = max(result.vocab_size, contract.vocab_size)
     else:
         assert model.pretrained is not None
         name = model.pretrained
@@ -733,6 +889,14 @@ def _new_rows(config: TrainingRun, pretrained: Path) -> build.NewRows:
     return _extension(config, str(pretrained)) or _extension(config, config.tokenizer.path or str(pretrained))
 
 
+def _check_start(config: TrainingRun, saved: checkpoint.Whole, contract: Contract) -> build.NewRows:
+    """The rows that the run of train.start_from lacks, after checking that its tokenizer is that of the store."""
+    own = str(saved.run_dir / "tokenizer")
+    extension = _extension(config, own)
+    _check_tokenizer(own, contract, "train.start_from", str(config.train.start_from), extension)
+    return extension
+
+
 def _check_tokenizer(path: str, contract: Contract, key: str, name: str, extension: build.NewRows = ()) -> None:
     if not (Path(path) / "contract.json").exists():
         raise UserError(
@@ -758,6 +922,7 @@ def _identity(config: TrainingRun, data: _Stores, rows: int, model_config: Pretr
         **_identity_of_data(config, data.stores),
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
+        **{f"data.{key}": True for key in ("document_mask", "group_by_length") if getattr(config.data, key)},
         "the length of the run (steps)": data.steps,
         "the rows of the run": rows,
         "train.global_batch_size": config.train.global_batch_size,

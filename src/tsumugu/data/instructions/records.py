@@ -1,15 +1,8 @@
-"""Supervised records of every usual form: to conversations, through prompt templates to text, to ids and mask.
-
-The mask is built from segments, each encoded for itself, and never by searching the finished ids. The ids of a prompt
-in training are therefore exactly the ids of that prompt in generation.
-"""
+"""Supervised records of every usual form become conversations, which are kept as JSON until they are encoded."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-
-import numpy as np
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.load import check_unicode
@@ -46,18 +39,6 @@ class Message:
     input: str = ""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of a rendered conversation, encoded for itself. The stop token behind a reply is not part of it."""
-
-    text: str
-    reply: bool
-    train: bool
-
-
-# --- records ---------------------------------------------------------------------------------------------------------
-
-
 def columns_for(fields: dict[str, str]) -> list[str]:
     """The columns that records of any form may need.
 
@@ -71,7 +52,8 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
     """The conversation in one record: an optional system message, then user and assistant in turn.
 
     Forms: instruction, input (may be absent or null) and output; prompt and response; messages (a list of role, content
-    and, if some are not to be learned, train); ShareGPT's conversations (a list of from and value).
+    and, if some are not to be learned, train); ShareGPT's conversations (a list of from and value). A turn's
+    reasoning_content goes in front of its content, between <think> and </think>.
 
     Args:
         values: Columns to values.
@@ -145,6 +127,9 @@ def _turns(turns: object, column: str, role_name: str, content_name: str) -> lis
         if not isinstance(train, bool | None):
             raise UserError(f"{column}, turn {number}: train is {train!r}", "use true or false")
         content = _text(turn[content_name], f"{column}, turn {number}: {content_name}")
+        thoughts = _text(turn.get("reasoning_content"), f"{column}, turn {number}: reasoning_content")
+        if thoughts and _ROLES[role] == "assistant":
+            content = f"<think>\n{thoughts}\n</think>\n\n{content}" if content.strip() else ""
         messages.append(Message(_ROLES[role], content, train is not False))
     if messages and messages[0].role == "system" and not messages[0].content:
         del messages[0]
@@ -183,132 +168,3 @@ def question_key(messages: Sequence[Message]) -> str:
     if len(question) == 1:
         return json.dumps([question[0].content, question[0].input], ensure_ascii=False)
     return json.dumps([[turn.role, turn.content, turn.input] for turn in question], ensure_ascii=False)
-
-
-# --- templates -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt in two forms; the reply follows it directly.
-
-    They are published for one question. A further one follows the stop token of the reply before it, as the same prompt
-    without what stands in front of its first heading.
-    """
-
-    with_input: str
-    without_input: str
-
-    def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
-        form = self.with_input if input else self.without_input
-        if not first:
-            form = form[form.index("\n\n### ") :]
-        # not str.format: braces in the user's text stay what they are, and are never filled in themselves
-        head, tail = form.split("{instruction}")
-        return head + instruction + tail.replace("{input}", input)
-
-    def segments(self, messages: Sequence[Message]) -> list[Segment]:
-        """The conversation as prompts and replies.
-
-        Raises:
-            UserError: A system message, for which no form of this template is known.
-        """
-        if messages[0].role == "system":
-            raise UserError(
-                "the template has no place for a system message", "choose another template, or remove that message"
-            )
-        return [
-            Segment(turn.content, True, turn.train)
-            if turn.role == "assistant"
-            else Segment(self.prompt(turn.content, turn.input, first=index == 0), False, turn.train)
-            for index, turn in enumerate(messages)
-        ]
-
-    def chat_template(self) -> str:
-        """The same prompt as a Jinja chat template: one user message in, `prompt` out, then the reply and eos."""
-        head, tail = (repr(part) for part in self.without_input.split("{instruction}"))
-        return (
-            "{%- if messages | length > 2 or messages[0]['role'] != 'user' -%}"
-            "{{ raise_exception('This model was trained on single questions: one user message, one reply') }}"
-            "{%- endif -%}"
-            f"{{{{- {head} + messages[0]['content'] + {tail} -}}}}"
-            "{%- if messages | length == 2 -%}{{- messages[1]['content'] + eos_token -}}{%- endif -%}"
-        )
-
-
-# The Alpaca prompt as published with Stanford Alpaca (2023), and its Japanese form as used by Japanese models since.
-TEMPLATES = {
-    "alpaca-en": Template(
-        with_input=(
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-        ),
-        without_input=(
-            "Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            "### Instruction:\n{instruction}\n\n### Response:"
-        ),
-    ),
-    "alpaca-ja": Template(
-        with_input=(
-            "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\n\n"
-            "### 指示:\n{instruction}\n\n### 入力:\n{input}\n\n### 応答:"
-        ),
-        without_input=(
-            "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。\n\n"
-            "### 指示:\n{instruction}\n\n### 応答:"
-        ),
-    ),
-}
-
-
-def find_template(name: str) -> Template:
-    """The template of that name, or a UserError that lists the names."""
-    if name not in TEMPLATES:
-        raise UserError(f"no template {name}", f"known: {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
-# --- ids and mask ----------------------------------------------------------------------------------------------------
-
-
-def encode_conversations(
-    conversations: Sequence[Sequence[Message]],
-    template: Template,
-    encode: Callable[[list[str]], Sequence],
-    bos: list[int],
-    eos: int,
-    train_on: str,
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and supervision mask of each conversation, by one call of `encode` for all.
-
-    Args:
-        conversations: Of `messages_of`.
-        template: Of `find_template`.
-        encode: Texts to ids, no special tokens added.
-        bos: Ids before the first prompt ([] or [bos]).
-        eos: The stop token, which follows every reply and is supervised where the reply is.
-        train_on: "responses", "last_response" or "everything" (bos and prompts too). What a message with `train: false`
-            adds is never supervised.
-
-    Returns:
-        ids (tokens,) int64 and mask (tokens,) uint8 of each.
-
-    Raises:
-        UserError: As of `Template.segments`, by which a caller finds out beforehand.
-    """
-    rendered = [template.segments(messages) for messages in conversations]
-    encoded = iter(encode([segment.text for segment in chain.from_iterable(rendered)]))
-    results = []
-    for segments in rendered:
-        parts = [np.array(bos, np.int64)]
-        flags = [train_on == "everything"]
-        for index, (segment, own) in enumerate(zip(segments, islice(encoded, len(segments)), strict=True)):
-            last = index == len(segments) - 1
-            chosen = {"responses": segment.reply, "last_response": last, "everything": True}[train_on]
-            parts.append(np.append(own, eos) if segment.reply else np.asarray(own))
-            flags.append(segment.train and chosen)
-        ids = np.concatenate(parts).astype(np.int64)
-        results.append((ids, np.repeat(np.array(flags, np.uint8), [len(part) for part in parts])))
-    return results

@@ -1,0 +1,207 @@
+"""Which of the fast paths this run takes, on what condition, and what it falls back to: decided once, and printed.
+
+Every fallback computes the same numbers, but for rounding, more slowly or in more memory. What a user has asked for and
+the device cannot do is refused.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tsumugu.config import ParallelConfig
+from tsumugu.errors import UserError
+
+GATHERED_SHARE = 0.1  # of a device's memory; what all layers' gathered weights may take by default
+BFLOAT16_SINCE = (8, 0)  # compute capability: Ampere's matrix units are the first that know it
+TRITON_SINCE = (7, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the conditions depend on.
+
+    `memory` is in bytes; `capability` is CUDA's. `no_compiler` says what torch.compile lacks, or nothing.
+    """
+
+    type: str
+    name: str
+    memory: int | None = None
+    capability: tuple[int, int] = (0, 0)
+    no_compiler: str | None = None
+
+
+def this_device(device: torch.device) -> Device:
+    """The device of this process, with what is installed beside it."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        capability = (found.major, found.minor)
+        lacking = _missing_compiler("gcc", "clang") or (
+            "Triton is not installed" if importlib.util.find_spec("triton") is None else None
+        )
+        return Device(
+            type="cuda", name=found.name, memory=found.total_memory, capability=capability, no_compiler=lacking
+        )
+    return Device(type="cpu", name="CPU", no_compiler=_missing_compiler("g++", "clang++"))
+
+
+def compute_dtype(wanted: str | None, device: Device) -> str:
+    """The name of the dtype of the computation, by train.dtype or the device."""
+    if wanted is not None:
+        return wanted
+    return "bfloat16" if device.type == "cuda" and device.capability >= BFLOAT16_SINCE else "float32"
+
+
+def decide(config: ParallelConfig, device: Device, shard_degree: int, weight_bytes: int) -> ParallelConfig:
+    """The section of the configuration with nothing left to decide.
+
+    Args:
+        config: As the user has it.
+        device: Of this process; they are taken to be alike.
+        shard_degree: Of the mesh.
+        weight_bytes: Of the whole model in the compute dtype.
+
+    Raises:
+        UserError: torch.compile is asked for where it cannot work.
+    """
+    reason = _no_compile(device)
+    if config.compile and reason:
+        raise UserError(f"parallel.compile is true, but {reason}", "set parallel.compile to false")
+    compiled = device.type == "cuda" and not reason if config.compile is None else config.compile
+    reshard = config.reshard_after_forward
+    if reshard == "auto":
+        fits = shard_degree == 1 if device.memory is None else weight_bytes < GATHERED_SHARE * device.memory
+        reshard = "never" if fits else "always"
+    return dataclasses.replace(config, compile=compiled, reshard_after_forward=reshard)
+
+
+def describe(
+    *,
+    asked: ParallelConfig,
+    asked_dtype: str | None,
+    decided: ParallelConfig,
+    dtype: str,
+    device: Device,
+    attention: str,
+    mesh: dict[str, int],
+    weight_bytes: int,
+) -> list[str]:
+    """A line for every path: what is taken, and why.
+
+    Args:
+        asked: The section as the user has it.
+        asked_dtype: train.dtype.
+        decided: `decide` of the section.
+        dtype: Of the computation.
+        device: Of this process.
+        attention: transformers' name of the implementation that the model uses.
+        mesh: The degree of every axis.
+        weight_bytes: Of the whole model in the compute dtype.
+    """
+    cuda = device.type == "cuda"
+    capability = f", compute capability {device.capability[0]}.{device.capability[1]}" if cuda else ""
+    memory = f", {_gib(device.memory)}" if device.memory else ""
+    lines = {
+        "device": f"{device.name}{memory}{capability}",
+        "dtype": f"{dtype} ({_why_dtype(dtype, asked_dtype, device)})",
+        "attention": f"{attention} ({_why_attention(attention, dtype, device)})",
+        "optimizer": "fused AdamW, " + ("on the host" if decided.offload_optimizer or not cuda else "on the GPU"),
+        "compile": _described_compile(asked, decided, device),
+        "sharding": " × ".join(f"{axis} {degree}" for axis, degree in mesh.items())
+        + f"; layers' weights {_described_reshard(asked, decided, device, weight_bytes)}",
+        "recomputation": _described_recomputation(decided),
+        "offloading": _described_offloading(decided, cuda),
+    }
+    return [f"{name}: {line}" for name, line in lines.items()]
+
+
+def _missing_compiler(*names: str, which: Callable[[str], str | None] = shutil.which) -> str | None:
+    chosen = os.environ.get("CXX" if "g++" in names else "CC")
+    tried = (chosen,) if chosen else names
+    return None if any(which(name) for name in tried) else f"there is no {' or '.join(tried)}"
+
+
+def _no_compile(device: Device) -> str | None:
+    """Why torch.compile cannot work on the device, or None."""
+    if device.no_compiler:
+        return device.no_compiler
+    if device.type == "cuda" and device.capability < TRITON_SINCE:
+        return f"Triton needs compute capability {_version(TRITON_SINCE)}, {device.name} has " + _version(
+            device.capability
+        )
+    return None
+
+
+def _why_dtype(dtype: str, asked: str | None, device: Device) -> str:
+    slow = dtype == "bfloat16" and device.type == "cuda" and device.capability < BFLOAT16_SINCE
+    if slow:
+        return f"train.dtype; emulated: bfloat16 needs compute capability {_version(BFLOAT16_SINCE)}"
+    if asked is not None:
+        return "train.dtype" + ("; with a dynamic loss scale" if dtype == "float16" else "")
+    if dtype == "bfloat16":
+        return f"a GPU of compute capability {_version(BFLOAT16_SINCE)} or more"
+    return "a CPU" if device.type == "cpu" else f"bfloat16 needs compute capability {_version(BFLOAT16_SINCE)}"
+
+
+def _why_attention(attention: str, dtype: str, device: Device) -> str:
+    if attention != "sdpa":
+        return "the model's"
+    if device.type == "cpu":
+        return "the CPU's fused kernel where no row is padded, else the plain one"
+    if dtype in ("bfloat16", "float16") and device.capability >= BFLOAT16_SINCE:
+        return (
+            f"{dtype} and compute capability {_version(BFLOAT16_SINCE)} or more: flash attention where no row is padded"
+        )
+    return f"no flash attention: {dtype} on compute capability {_version(device.capability)}"
+
+
+def _described_compile(config: ParallelConfig, decided: ParallelConfig, device: Device) -> str:
+    if decided.compile:
+        why = "parallel.compile" if config.compile else f"a GPU of compute capability {_version(TRITON_SINCE)} or more"
+        return f"every decoder layer ({why})"
+    why = "parallel.compile" if config.compile is False else _no_compile(device) or "a CPU"
+    return f"no ({why})"
+
+
+def _described_reshard(config: ParallelConfig, decided: ParallelConfig, device: Device, weight_bytes: int) -> str:
+    what = (
+        "stay gathered from forward to backward" if decided.reshard_after_forward == "never" else "are gathered twice"
+    )
+    if config.reshard_after_forward != "auto":
+        return f"{what} (parallel.reshard_after_forward)"
+    if device.memory is None:
+        return what + (" (shard degree 1)" if decided.reshard_after_forward == "never" else " (memory is not known)")
+    than = "less" if decided.reshard_after_forward == "never" else "not less"
+    limit = f"{GATHERED_SHARE:.0%} of {_gib(device.memory)}"
+    return f"{what} (all together {_gib(weight_bytes)}, {than} than {limit})"
+
+
+def _described_recomputation(decided: ParallelConfig) -> str:
+    what = {
+        "none": "none",
+        "selective": "all but matrix products and attention",
+        "full": "all but the layers' inputs",
+    }[decided.activation_checkpointing]
+    nth = decided.checkpoint_every_nth_layer
+    return what + (f", of every layer whose number is a multiple of {nth}" if nth > 1 and what != "none" else "")
+
+
+def _described_offloading(decided: ParallelConfig, cuda: bool) -> str:
+    on = [name for name in ("offload_activations", "offload_optimizer") if getattr(decided, name)]
+    if not on:
+        return "none"
+    if cuda:
+        return " and ".join(f"parallel.{name}" for name in on)
+    return f"no effect: {' and '.join(f'parallel.{name}' for name in on)} on a CPU, where all is on the host"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,125 @@
+"""A run that hangs says where: every process prints its step, what it is doing, its last collective and its stacks.
+
+The trainer marks its progress; a thread watches the marks. Waiting for the device, for another process and for a file
+system lets that thread run. Code that does not (it holds the interpreter's lock) is left to `faulthandler`, which needs
+no lock, prints the stacks alone and exits with 1.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from types import FrameType
+
+from torch._C import _distributed_c10d
+from torch.distributed import distributed_c10d
+
+EXIT_CODE = 4
+LINGER_SECONDS = 15.0
+"""A process that ends makes those that wait for it fail: it gives them time to speak first."""
+PATIENCE = 4.0
+"""The factor of the longest waits that are no hang, of `mark`."""
+
+
+def group_timeout(hang_timeout: float | None) -> timedelta | None:
+    """A timeout of collectives that lets the watchdog speak before them; None: torch's own."""
+    return None if hang_timeout is None else timedelta(seconds=PATIENCE * hang_timeout + 600)
+
+
+def outlast(hang_timeout: float | None) -> None:
+    """Gives every process group that exists that timeout: those of a mesh are made with torch's (NCCL: 10 minutes)."""
+    timeout = group_timeout(hang_timeout)
+    if timeout is not None:
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timeout, group)
+
+
+class Watchdog:
+    """Watches one process.
+
+    Args:
+        timeout: Seconds without a mark after which the process reports and ends with `EXIT_CODE`; None: never.
+        rank: Of this process.
+    """
+
+    def __init__(self, timeout: float | None, rank: int):
+        self._timeout, self._rank = timeout, rank
+        self._mark: tuple[str, float] = ("starting", PATIENCE)
+        self._over = threading.Event()
+
+    def mark(self, doing: str, patience: float = 1.0) -> None:
+        """Progress: from now on the process is `doing` this, for which it may take `patience` × timeout."""
+        self._mark = (doing, patience)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches while what is inside runs."""
+        if self._timeout is None:
+            yield
+            return
+        thread = threading.Thread(target=self._watch, args=(self._timeout,), name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join()
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self, timeout: float) -> None:
+        interval = min(5.0, timeout / 10)
+        seen, waited, before = self._mark, 0.0, time.monotonic()
+        while not self._over.wait(interval):
+            # only this thread sets it anew, for which it needs the interpreter's lock
+            faulthandler.dump_traceback_later(timeout * self._mark[1] + LINGER_SECONDS, exit=True, file=2)
+            now = time.monotonic()
+            waited += min(now - before, 2 * interval)  # a process that was stopped, or a machine, did not hang
+            before = now
+            if self._mark is not seen:
+                seen, waited = self._mark, 0.0
+            elif waited > timeout * seen[1]:
+                os.write(2, self._report(seen[0], waited).encode())
+                time.sleep(min(LINGER_SECONDS, timeout))
+                os._exit(EXIT_CODE)
+
+    def _report(self, doing: str, seconds: float) -> str:
+        lines = [f"tsumugu: rank {self._rank}: no progress for {seconds:.0f} s (train.hang_timeout), while {doing}"]
+        lines += [f"rank {self._rank}: last collective: {collective}" for collective in _last_collectives()]
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        for ident, frame in sys._current_frames().items():
+            if ident != threading.get_ident():
+                lines.append(f"rank {self._rank}: thread {names.get(ident, ident)}, innermost call first:")
+                lines += _stack(frame)
+        return "\n".join(lines) + "\n"
+
+
+def _stack(frame: FrameType | None) -> Iterator[str]:
+    """Places without their source lines: a file system may be what hangs."""
+    while frame is not None:
+        yield f"    {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+
+
+def _last_collectives() -> list[str]:
+    """The newest entry of every process group in torch's flight recorders, where this torch has one that is on."""
+    newest = {}
+    for name in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        dump = getattr(_distributed_c10d, name, None)
+        if dump is None:
+            continue
+        try:
+            entries = json.loads(dump()).get("entries", [])
+        except (RuntimeError, TypeError, ValueError):  # not compiled in, or another form
+            continue
+        for entry in entries:
+            newest[tuple(entry.get("process_group", ())), entry.get("profiling_name", "")[:4]] = entry
+    return [
+        f"{entry.get('profiling_name')} number {entry.get('collective_seq_id')} of group "
+        f"{' '.join(entry.get('process_group', ()))}, sizes {entry.get('input_sizes')}, {entry.get('state')}"
+        for entry in newest.values()
+    ]

@@ -1,0 +1,106 @@
+"""What a run takes on the devices that people rent, and what it says about it; properties are those of data sheets."""
+
+import pytest
+
+from tsumugu.config import ParallelConfig
+from tsumugu.distributed import paths
+from tsumugu.distributed.paths import Device
+from tsumugu.errors import UserError
+
+GIB = 2**30
+DEVICES = {
+    "T4": Device(type="cuda", name="Tesla T4", memory=15 * GIB, capability=(7, 5)),
+    "A10G": Device(type="cuda", name="NVIDIA A10G", memory=22 * GIB, capability=(8, 6)),
+    "A100": Device(type="cuda", name="NVIDIA A100-SXM4-40GB", memory=39 * GIB, capability=(8, 0)),
+    "L40S": Device(type="cuda", name="NVIDIA L40S", memory=44 * GIB, capability=(8, 9)),
+    "H100": Device(type="cuda", name="NVIDIA H100 80GB HBM3", memory=79 * GIB, capability=(9, 0)),
+    "CPU": Device(type="cpu", name="CPU"),
+}
+WEIGHTS = 3 * GIB  # a tenth of 30 GiB
+
+
+def said(device: Device, dtype: str | None = None, shard: int = 4, **options) -> dict[str, str]:
+    asked = ParallelConfig(**options)
+    decided = paths.decide(asked, device, shard, WEIGHTS)
+    lines = paths.describe(
+        asked=asked,
+        asked_dtype=dtype,
+        decided=decided,
+        dtype=paths.compute_dtype(dtype, device),
+        device=device,
+        attention="sdpa",
+        mesh={"replicate": 2, "shard": shard},
+        weight_bytes=WEIGHTS,
+    )
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.parametrize("name", ["A10G", "A100", "L40S", "H100"])
+def test_gpus_since_ampere_compute_in_bfloat16_with_flash_attention_compiled(name: str):
+    lines = said(DEVICES[name])
+    assert lines["device"].startswith(DEVICES[name].name)
+    assert lines["dtype"] == "bfloat16 (a GPU of compute capability 8.0 or more)"
+    assert "flash attention where no row is padded" in lines["attention"]
+    assert lines["compile"] == "every decoder layer (a GPU of compute capability 7.0 or more)"
+    assert lines["optimizer"] == "fused AdamW, on the GPU"
+    assert (lines["recomputation"], lines["offloading"]) == ("none", "none")
+
+
+@pytest.mark.parametrize(("name", "kept"), [("A10G", False), ("A100", True), ("L40S", True), ("H100", True)])
+def test_layers_stay_gathered_where_all_weights_take_less_than_a_tenth_of_the_memory(name: str, kept: bool):
+    decided = paths.decide(ParallelConfig(), DEVICES[name], 4, WEIGHTS)
+    assert decided.reshard_after_forward == ("never" if kept else "always")
+    than = "3 GiB, less than 10% of" if kept else "3 GiB, not less than 10% of 22 GiB"
+    assert than in said(DEVICES[name])["sharding"]
+    assert said(DEVICES[name])["sharding"].startswith("replicate 2 × shard 4; ")
+    for wanted in ("always", "never"):
+        assert paths.decide(ParallelConfig(reshard_after_forward=wanted), DEVICES[name], 4, WEIGHTS) == ParallelConfig(
+            reshard_after_forward=wanted, compile=True
+        )
+
+
+def test_a_cpu_computes_in_float32_uncompiled_and_has_nothing_to_offload_to():
+    lines = said(DEVICES["CPU"], shard=1, offload_activations=True)
+    assert lines["dtype"] == "float32 (a CPU)"
+    assert lines["compile"] == "no (a CPU)"
+    assert lines["optimizer"] == "fused AdamW, on the host"
+    assert "stay gathered" in lines["sharding"]
+    assert lines["offloading"].startswith("no effect: parallel.offload_activations on a CPU")
+    assert "are gathered twice" in said(DEVICES["CPU"], shard=2)["sharding"]
+
+
+def test_a_gpu_before_ampere_falls_back_to_float32_and_says_so_where_it_is_asked_for_bfloat16():
+    lines = said(DEVICES["T4"])
+    assert lines["dtype"] == "float32 (bfloat16 needs compute capability 8.0)"
+    assert lines["attention"] == "sdpa (no flash attention: float32 on compute capability 7.5)"
+    assert "emulated" in said(DEVICES["T4"], "bfloat16")["dtype"]
+    assert said(DEVICES["T4"], "float16")["dtype"] == "float16 (train.dtype; with a dynamic loss scale)"
+
+
+def test_what_cannot_be_compiled_is_not_by_default_and_refused_on_request():
+    bare = Device(type="cuda", name="NVIDIA H100", memory=79 * GIB, capability=(9, 0), no_compiler="there is no gcc")
+    old = Device(type="cuda", name="Tesla P100", memory=16 * GIB, capability=(6, 0))
+    assert said(bare)["compile"] == "no (there is no gcc)"
+    assert said(old)["compile"] == "no (Triton needs compute capability 7.0, Tesla P100 has 6.0)"
+    with pytest.raises(UserError, match=r"parallel\.compile is true, but there is no gcc"):
+        said(bare, compile=True)
+    assert said(DEVICES["H100"], compile=False)["compile"] == "no (parallel.compile)"
+    assert said(DEVICES["CPU"], compile=True)["compile"] == "every decoder layer (parallel.compile)"
+
+
+def test_recomputation_and_offloading_are_named():
+    lines = said(
+        DEVICES["A10G"],
+        activation_checkpointing="full",
+        checkpoint_every_nth_layer=2,
+        offload_activations=True,
+        offload_optimizer=True,
+    )
+    assert lines["recomputation"] == "all but the layers' inputs, of every layer whose number is a multiple of 2"
+    assert lines["offloading"] == "parallel.offload_activations and parallel.offload_optimizer"
+    assert lines["optimizer"] == "fused AdamW, on the host"
+
+
+def test_what_a_selectively_recomputed_layer_keeps_cannot_be_offloaded():
+    with pytest.raises(UserError, match="cannot move what activation_checkpointing selective keeps"):
+        ParallelConfig(offload_activations=True, activation_checkpointing="selective")

@@ -1,0 +1,80 @@
+"""A run that hangs: every process says where it stands, and all end."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.runs import run_config
+
+from tsumugu import config as configuration
+from tsumugu.training.trainer import Outcome, train
+from tsumugu.training.watchdog import EXIT_CODE, Watchdog
+
+_RANK = """
+import sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from tsumugu import config
+from tsumugu.training import trainer
+from tsumugu.training.metrics import read_metrics
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+read = trainer.training_batches
+def a_file_system_that_does_not_answer(rows, mixture, step, share):
+    if rank == 1 and step == 3:
+        time.sleep(300)
+    return read(rows, mixture, step, share)
+trainer.training_batches = a_file_system_that_does_not_answer
+trainer.train(config.load(config.TrainingRun, [str(folder / "config.yaml")]), folder / "run")
+"""
+
+
+def test_every_process_says_where_it_hangs_and_ends(made: Path, tmp_path: Path):
+    changes = {"model.config": str(made / "gpt_neox"), "train.max_steps": 9, "train.hang_timeout": 3}
+    configuration.write(run_config(made / "text", changes | {"train.global_batch_size": 2}), tmp_path / "config.yaml")
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", _RANK, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    waiting, reading = (process.communicate(timeout=120)[1] for process in ranks)
+    assert [process.returncode for process in ranks] == [EXIT_CODE, EXIT_CODE]
+    assert "rank 0: no progress for" in waiting
+    assert "while exchanging counts with the other processes (after 3 steps)" in waiting
+    assert "in all_reduce" in waiting
+    assert "rank 1: no progress for" in reading
+    assert "while reading data (after 3 steps)" in reading
+    assert "in a_file_system_that_does_not_answer" in reading
+    assert "in train_step" in reading
+
+
+def test_code_that_holds_the_interpreter_is_ended_too():
+    script = """
+import re, time
+from tsumugu.training import watchdog
+watchdog.LINGER_SECONDS = 1.0
+with (dog := watchdog.Watchdog(1.0, 0)).watching():
+    dog.mark("counting")
+    time.sleep(0.5)
+    re.fullmatch("(a*)*b", "a" * 60)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr
+    assert "re/__init__.py" in ended.stderr
+
+
+def test_progress_and_patience_are_no_hang():
+    with (watchdog := Watchdog(0.4, 0)).watching():
+        for _ in range(6):
+            watchdog.mark("stepping")
+            time.sleep(0.1)
+        watchdog.mark("saving", patience=4)
+        time.sleep(0.9)
+
+
+@pytest.mark.parametrize("hang_timeout", [None, 60.0])
+def test_a_run_that_goes_on_is_left_alone(hang_timeout, made: Path, tmp_path: Path):
+    changes = {"model.config": str(made / "gpt_neox"), "train.max_steps": 2, "train.hang_timeout": hang_timeout}
+    assert train(run_config(made / "text", changes), tmp_path) == Outcome(2, 2)
