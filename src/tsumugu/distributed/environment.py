@@ -4,7 +4,10 @@ A process group always exists, also with one process, so that there is one code 
 """
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +40,8 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Environment]:
     A group that exists already is used as it is.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -54,6 +59,15 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Environment]:
     finally:
         if joined_here:
             dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Has the system kill this process when torchrun is killed, which would leave it training beside the next start.
+
+    Linux alone offers it: prctl(2), PR_SET_PDEATHSIG.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def on_main(action: Callable[[], T]) -> T:
