@@ -53,7 +53,7 @@ def write_store(path: Path, tokens: int) -> None:
     manifest = {
         "version": FORMAT_VERSION,
         "kind": "text",
-        "tokenizer": {"fingerprint": "of no tokenizer", "vocab_size": VOCABULARY},
+        "tokenizer": {"fingerprint": "of no tokenizer", "vocab_size": VOCABULARY, "files": {}},
         **{"template": None, "add_bos": False, "add_eos": False},
         "splits": {"train": describe_split([shard] if shard else []), "validation": describe_split([])},
     }
@@ -75,7 +75,7 @@ def run_config(folder: Path, device: str, layers: int | None) -> config.Training
     return config.TrainingRun(
         model=config.ModelConfig(config=str(folder / "model")),
         tokenizer=config.TokenizerConfig(),
-        data=config.DataConfig(store=str(folder / "store"), sequence_length=sequence),
+        data=config.DataConfig(store=str(folder / "store"), sequence_length=sequence, audit="off"),
         train=config.TrainConfig(
             max_steps=100_000, global_batch_size=rows, micro_batch_size=max(1, rows // 4), log_to=[]
         ),

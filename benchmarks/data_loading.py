@@ -35,7 +35,8 @@ SHARE = Share(rank=0, world_size=1, global_batch_size=BATCH, micro_batch_size=MI
 
 def write_manifest(path: Path, kind: str, shards: list[dict]) -> Path:
     splits = {"train": store.describe_split(shards), "validation": store.describe_split([])}
-    manifest = {"version": store.FORMAT_VERSION, "kind": kind, "tokenizer": {}, "template": None, "add_bos": False}
+    manifest = {"version": store.FORMAT_VERSION, "kind": kind, "template": None, "add_bos": False, "add_eos": True}
+    manifest["tokenizer"] = {"fingerprint": "of no tokenizer", "files": {}}
     (path / store.MANIFEST).write_text(json.dumps(manifest | {"splits": splits}))
     return path
 

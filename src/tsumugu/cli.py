@@ -26,7 +26,18 @@ _PROOF = "compare N steps with N steps that are killed in the middle, in a scrat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs one command and returns its exit code; under torchrun it does not return."""
+    code = _run(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Python's own end would abort the process where a thread of gloo's still lets go of a tensor: exit code 134
+        # of a run that is done. Everything is closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         options, flags = _parse(sys.argv[1:] if arguments is None else list(arguments))
         return options.run(options, flags)

@@ -30,3 +30,4 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable[..., Any],
         torch.save(function(*arguments), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # Python's own end aborts now and then where a thread of gloo's still lets go of a tensor

@@ -124,21 +124,24 @@ def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., A
         local = (p.to_local() if isinstance(p, DTensor) else p for p in layer.parameters())
         weights = {p.untyped_storage().data_ptr() for p in local}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device]:
-            small = tensor.nbytes < _SMALLEST_OFFLOADED
+        def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device, tuple[int, ...]]:
+            small = tensor.nbytes < _SMALLEST_OFFLOADED or 0 in tensor.stride()
             if small or not tensor.is_cuda or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
             copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(copies):
                 packed = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
             tensor.record_stream(copies)
-            return packed, tensor.device
+            return packed, tensor.device, tensor.stride()
 
-        def unpack(packed: torch.Tensor | tuple[torch.Tensor, torch.device]) -> torch.Tensor:
+        def unpack(packed: torch.Tensor | tuple[torch.Tensor, torch.device, tuple[int, ...]]) -> torch.Tensor:
             if isinstance(packed, torch.Tensor):
                 return packed
+            host, device, strides = packed
             with torch.cuda.stream(copies):
-                tensor = packed[0].to(packed[1], non_blocking=True)
+                # as it lay, which compiled code relies on, also where it was a part of another tensor
+                tensor = torch.empty_strided(host.shape, strides, dtype=host.dtype, device=device)
+                tensor.copy_(host, non_blocking=True)
             torch.cuda.current_stream().wait_stream(copies)
             tensor.record_stream(torch.cuda.current_stream())
             return tensor
