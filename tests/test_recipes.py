@@ -1,0 +1,80 @@
+"""Recipes that name models and data of the hub run on stand-ins of the same form: columns, template, architecture."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.models import stock_model, tiny_config
+
+from tsumugu.cli import main
+from tsumugu.tokenizer.contract import read_contract
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHORT = ["--data.sequence_length=256", "--train.max_epochs=null", "--train.max_steps=2", "--schedule.warmup_steps=0"]
+
+
+@pytest.fixture
+def model(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    """A GPT-NeoX of the tokenizer's size, as open-calm and rinna's models are GPT-NeoX."""
+    size = read_contract(tokenizer_folder).vocab_size
+    stock_model(tiny_config("gpt_neox", False, vocab_size=size)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def dolly(path: Path) -> Path:
+    """Rows with the columns of kunishou/databricks-dolly-15k-ja."""
+    records = [
+        {
+            "input": f"文章その{n}。" if n % 3 else "",
+            "output": f"答えは{n}です。",
+            "index": str(n),
+            "category": "closed_qa",
+            "instruction": f"{n}番目の質問に答えてください。",
+        }
+        for n in range(60)
+    ]
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["rinna-3.6b", "opencalm-7b"])
+def test_instruction_tuning_on_dolly(name: str, model: Path, tokenizer_folder: Path, tmp_path: Path, capsys):
+    source = {"name": "dolly-ja", "kind": "instructions", "path": str(dolly(tmp_path / "0000.parquet"))}
+    tokenizer = tokenizer_folder
+    if name == "rinna-3.6b":
+        extend = ["tokenizer", "extend", str(tokenizer), "--template", "rinna", "--output", str(tmp_path / "rinna")]
+        assert main(extend) == 0
+        tokenizer = tmp_path / "rinna"
+    prepare = ["prepare", "--config", str(RECIPES / f"{name}-prepare-dolly.yaml"), "--output", str(tmp_path / "store")]
+    settings = [f"--prepare.tokenizer={tokenizer}", f"--prepare.sources={json.dumps([source])}"]
+    assert main([*prepare, *settings]) == 0
+    assert main(["audit", str(tmp_path / "store"), "--rows", "0"]) == 0
+    assert "error" not in capsys.readouterr().out
+    places = [f"--model.pretrained={model}", f"--data.store={tmp_path / 'store'}"]
+    places.append(f"--tokenizer.path={tokenizer_folder}")  # the one that the model was made with
+    train = ["train", "--config", str(RECIPES / f"{name}-instruct.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert main([*train, *places, *SHORT, "--train.global_batch_size=2"]) == 0
+    assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "export")]) == 0
+
+
+def test_continued_pretraining_with_replay(model: Path, tokenizer_folder: Path, tmp_path: Path):
+    for name in ("own", "replay"):
+        lines = [json.dumps({"text": f"{name}の文章、その{n}。" * 20}, ensure_ascii=False) for n in range(40)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        sources = json.dumps([{"name": name, "path": str(tmp_path / f"{name}.jsonl")}])
+        recipe = str(RECIPES / "wikipedia-prepare.yaml")
+        settings = [f"--prepare.tokenizer={tokenizer_folder}", f"--prepare.sources={sources}"]
+        assert main(["prepare", "--config", recipe, "--output", str(tmp_path / name), *settings]) == 0
+    stores = [
+        {"name": "own", "path": str(tmp_path / "own"), "weight": 0.8},
+        {"name": "replay", "path": str(tmp_path / "replay"), "weight": 0.2},
+    ]
+    places = [f"--model.pretrained={model}", f"--tokenizer.path={tokenizer_folder}"]
+    train = ["train", "--config", str(RECIPES / "finetune-text.yaml"), "--run-dir", str(tmp_path / "run")]
+    short = [*SHORT[:1], "--train.max_steps=2", "--schedule.warmup_steps=0", "--schedule.decay_steps=1"]
+    flags = [*places, f"--data.stores={json.dumps(stores)}", *short, "--train.global_batch_size=2"]
+    assert main([*train, *flags]) == 0
+    mixture = json.loads((tmp_path / "run" / "mixture.json").read_text())
+    assert [store["planned_share"] for store in mixture["stores"].values()] == [0.75, 0.25]
