@@ -13,6 +13,7 @@ from tsumugu.data.instructions.records import (
     columns_for,
     from_json,
     messages_of,
+    prompt_of,
     question_key,
     to_json,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "jinja_of",
     "messages_of",
     "prompt_ids",
+    "prompt_of",
     "question_key",
     "to_json",
 ]
