@@ -56,7 +56,7 @@ def load_model(source: str, dtype: str | None = None) -> tuple[PreTrainedModel, 
         try:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                model = AutoModelForCausalLM.from_pretrained(
+                model: Any = AutoModelForCausalLM.from_pretrained(
                     folder, trust_remote_code=False, dtype=_DTYPES[dtype] if dtype else "auto"
                 )
         except (OSError, ValueError, SafetensorError) as error:
