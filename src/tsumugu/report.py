@@ -221,9 +221,7 @@ def downsample(steps: np.ndarray, values: np.ndarray, points: int) -> Curve:
     starts = np.arange(points) * len(values) // points
     sizes = np.diff(starts, append=len(values))
     low, high = np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)
-    return Curve(
-        steps[starts + sizes // 2], np.add.reduceat(values, starts) / sizes, low, high, marks, len(missing)
-    )
+    return Curve(steps[starts + sizes // 2], np.add.reduceat(values, starts) / sizes, low, high, marks, len(missing))
 
 
 def _short(values: np.ndarray) -> list[float]:
@@ -335,8 +333,15 @@ def _si(value: float | None) -> str:
     return f"{value:.3g}"
 
 
+def _duration(hours: float) -> str:
+    for size, unit in ((24, "d"), (1, "h"), (1 / 60, "min")):
+        if hours >= size:
+            return f"{hours / size:.3g} <small>{unit}</small>"
+    return f"{hours * 3600:.3g} <small>s</small>"
+
+
 def _summary(runs: Sequence[Run]) -> str:
-    facts: dict[str, list[str]] = defaultdict(list)
+    facts: dict[str, list[str]] = defaultdict(list)  # names to a value for each run
     for run in runs:
         steps = [of[0][-1] for key, of in run.figures.items() if key in _OF_TRAINING and len(of[0])]
         done, planned = int(max(steps, default=0)), _planned_steps(run)
@@ -344,24 +349,26 @@ def _summary(runs: Sequence[Run]) -> str:
         _, rates = _finite(run.figures, "tokens_per_second")
         _, shares = _finite(run.figures, "mfu")
         devices = {f"{start['processes']} × {start['device']}" for start in run.starts}
-        at = lambda found: f' <small>@ {found[1]:,}</small>' if found else ""  # noqa: E731
+        at = lambda found: f" <small>@ {found[1]:,}</small>" if found else ""  # noqa: E731
         facts["Steps"].append(f"{done:,}" + (f" <small>/ {planned:,}</small>" if planned else ""))
         facts["Last loss"].append(_number(run.last("loss")))
         facts["Best validation loss"].append(_number(best and best[0]) + at(best))
         facts["Best bits per byte"].append(_number(best_bytes and best_bytes[0]) + at(best_bytes))
         facts["Tokens seen"].append(_si(run.last("tokens_seen")))
-        facts["Hours of steps"].append(_number(run.hours, ".3g"))
+        facts["Time of steps"].append(_duration(run.hours))
         facts["Tokens per second, median"].append(_si(float(np.median(rates)) if len(rates) else None))
         facts["MFU, median"].append(f"{np.median(shares):.1%}" if len(shares) else "–")
-        facts["Peak memory"].append(_number(run.last("memory_peak_gib"), ".3g") + " <small>GiB</small>")
+        peak = run.last("memory_peak_gib")
+        facts["Peak memory"].append("–" if peak is None else f"{peak:.3g} <small>GiB</small>")
         facts["Parameters"].append(_si(_parameters(run)))
         facts["Devices"].append(_e(", ".join(sorted(devices)) or "–"))
+    known = {name: values for name, values in facts.items() if set(values) != {"–"}}
     if len(runs) == 1:
-        tiles = "".join(f"<div><dt>{_t(name)}</dt><dd>{value}</dd></div>" for name, (value,) in facts.items())
+        tiles = "".join(f"<div><dt>{_t(name)}</dt><dd>{value}</dd></div>" for name, (value,) in known.items())
         return f'<section id="summary"><dl class="tiles">{tiles}</dl></section>'
     names = [f'<i class="dot" style="--c:var(--c{place % 8})"></i>{_e(run.name)}' for place, run in enumerate(runs)]
     return _section(
-        "summary", "Runs", _table(["", *names], [[_t(name), *values] for name, values in facts.items()], "numbers")
+        "summary", "Runs", _table(["", *names], [[_t(name), *values] for name, values in known.items()], "numbers")
     )
 
 
@@ -382,12 +389,13 @@ def _composition(runs: Sequence[Run]) -> str:
     for run in runs:
         title = f"<h3>{_e(run.name)}</h3>" if len(runs) > 1 else ""
         if run.mixture:
+            kinds = ("planned", "seen")
             rows = [
                 [
-                    _e(name) + (f' <em>{_t("cut by max_epochs")}</em>' if store["cut_by_max_epochs"] else ""),
+                    _e(name) + (f" <em>{_t('cut by max_epochs')}</em>" if store["cut_by_max_epochs"] else ""),
                     f"{store['planned_share']:.1%}",
                     f"{store['seen_share']:.1%}",
-                    f'<div class="bars">{_bar(store["planned_share"], "planned")}{_bar(store["seen_share"], "seen")}</div>',
+                    f'<div class="bars">{"".join(_bar(store[f"{kind}_share"], kind) for kind in kinds)}</div>',
                     f"{store['planned_epochs']:.3g}",
                     f"{store['seen_epochs']:.3g}",
                     _si(store["seen_tokens"]),

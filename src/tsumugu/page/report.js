@@ -14,7 +14,7 @@ const JA = {
   "reading data": "データ読み込み", "not finite": "有限でない値", log: "対数", whole: "全体",
   // summary
   Runs: "実行", Run: "実行", Steps: "ステップ", "Last loss": "最終の損失", "Best validation loss": "最良の検証損失",
-  "Best bits per byte": "最良の bits per byte", "Tokens seen": "既読トークン", "Hours of steps": "ステップの合計時間",
+  "Best bits per byte": "最良の bits per byte", "Tokens seen": "既読トークン", "Time of steps": "ステップの合計時間",
   "Tokens per second, median": "トークン/秒（中央値）", "MFU, median": "MFU（中央値）", "Peak memory": "最大メモリ",
   Parameters: "パラメータ数", Devices: "デバイス",
   // data
@@ -25,7 +25,7 @@ const JA = {
   "A sample of the rows; `tsumugu audit` reads all of them.": "一部の行だけを見ています。全体は `tsumugu audit` で確認できます。",
   // an audit's own labels
   train: "学習", rows: "行", "supervised tokens": "教師ありトークン", replies: "応答", "rows without supervision": "教師のない行",
-  "unknown tokens": "未知トークン", "shortest row": "最短の行", "median row": "中央の行", "longest row": "最長の行",
+  "unknown tokens": "未知トークン", "shortest row": "最短の行", "median row": "中央の行", "90% row": "90% の行", "99% row": "99% の行", "longest row": "最長の行",
   "Lengths in tokens": "長さ（トークン）", Rows: "行の例", "No finding.": "問題は見つかりませんでした。",
   // the rest
   "Replies by step": "ステップごとの応答", "cut off": "途中で打ち切り", Environment: "環境", "From step": "開始ステップ",
@@ -108,7 +108,7 @@ function interpolate(from, to, value) {
 /** Steps of a run on the axis that is chosen. */
 const onAxis = (run, step) => (state.x === "step" ? step : interpolate(run.axes.step, run.axes[state.x], step));
 
-function ticks(low, high, log) {
+function ticks(low, high, log, number = 5) {
   if (log) {
     const some = [];
     const decades = Math.log10(high / low);
@@ -119,8 +119,8 @@ function ticks(low, high, log) {
     const inside = some.filter((value) => value >= low && value <= high);
     return inside.length > 9 ? inside.filter((_, place) => place % Math.ceil(inside.length / 9) === 0) : inside;
   }
-  const rough = (high - low) / 5, power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5, 10].find((factor) => factor * power >= rough) ?? 10);
+  const rough = (high - low) / number, power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * ([1, 2, 2.5, 5, 10].find((factor) => factor * power >= rough) ?? 10);
   const some = [];
   for (let n = Math.ceil(low / step - 1e-9); n * step <= high * (1 + 1e-9) + 1e-300; n++) some.push(n * step);
   return some;
@@ -210,11 +210,11 @@ class Chart {
       drawn("line", { class: "grid", x1: LEFT, x2: this.width - RIGHT, y1: this.toY(y), y2: this.toY(y) }, svg);
       drawn("text", { x: LEFT - 7, y: this.toY(y) + 4, "text-anchor": "end" }, svg).textContent = shown(chart, y);
     }
-    for (const x of ticks(x0, x1, false))
+    for (const x of ticks(x0, x1, false, this.width / 90))
       drawn("text", { x: this.toX(x), y: HEIGHT - 7, "text-anchor": "middle" }, svg).textContent = short(x);
     const clip = `inside-${chart.id}`;
     const inside = drawn("clipPath", { id: clip }, drawn("defs", {}, svg));
-    drawn("rect", { x: LEFT, y: TOP - 6, width: this.width - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM + 8 }, inside);
+    drawn("rect", { x: LEFT - 5, y: TOP - 6, width: this.width - LEFT - RIGHT + 10, height: HEIGHT - TOP - BOTTOM + 8 }, inside);
     this.plot = drawn("g", { "clip-path": `url(#${clip})` }, svg);
     for (const line of this.lines) this.drawLine(line, logarithmic);
     this.over = drawn("g", {}, svg);
