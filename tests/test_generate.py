@@ -9,21 +9,18 @@ import pytest
 import torch
 from support.encoding import BulkEncoder
 from support.models import stock_model, tiny_config
-from support.runs import run_config
+from support.runs import text_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tsumugu.cli import main
-from tsumugu.config import PrepareConfig, Source
 from tsumugu.data.instructions import TEMPLATES, Message
-from tsumugu.data.prepare import prepare
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.generate import Decoding, Generator, answer, converse, load_model
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.train import train_byte_level
-from tsumugu.training.trainer import train
 
 PROMPT = "朝早く起きて、"
 
@@ -406,24 +403,7 @@ def test_without_a_terminal_a_prompt_must_be_given(model_folder: Path, capsys: p
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
-    """A run on real text, with checkpoints of steps 2 and 4."""
-    folder = tmp_path_factory.mktemp("generate-run")
-    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": PROMPT * 9 + str(n)}) for n in range(9)))
-    source = Source(name="text", path=str(folder / "text.jsonl"))
-    settings = dict(tokenizer=str(tokenizer_folder), output=str(folder / "store"), workers=1, validation_share=0.2)
-    prepare(PrepareConfig(sources=[source], **settings))
-    tiny_config(
-        "llama", True, max_position_embeddings=256, vocab_size=read_contract(tokenizer_folder).vocab_size
-    ).save_pretrained(folder / "shape")
-    changes = {"model.config": str(folder / "shape" / "config.json"), "train.max_steps": 4, "checkpoint.every": 2}
-    train(
-        run_config(
-            folder / "store",
-            changes | {"train.global_batch_size": 2, "train.micro_batch_size": 2, "optimizer.learning_rate": 0.01},
-        ),
-        folder / "run",
-    )
-    return folder / "run"
+    return text_run(tmp_path_factory.mktemp("generate-run"), tokenizer_folder)
 
 
 def test_a_run_says_what_its_export_says(run_folder: Path, tmp_path: Path):
