@@ -194,7 +194,7 @@ class Chart {
     const values = [];
     for (const line of this.lines)
       line.x.forEach((x, place) => {
-        if (x >= x0 && x <= x1) values.push(line.low[place], line.high[place]);
+        if (x >= x0 && x <= x1) values.push(line.floor[place], line.high[place]);
       });
     const positive = logarithmic ? values.filter((value) => value > 0) : values;
     let [y0, y1] = range(chart.zero && !logarithmic ? [0, ...positive] : positive);
@@ -216,7 +216,7 @@ class Chart {
     const inside = drawn("clipPath", { id: clip }, drawn("defs", {}, svg));
     drawn("rect", { x: LEFT - 5, y: TOP - 6, width: this.width - LEFT - RIGHT + 10, height: HEIGHT - TOP - BOTTOM + 8 }, inside);
     this.plot = drawn("g", { "clip-path": `url(#${clip})` }, svg);
-    for (const line of this.lines) this.drawLine(line, logarithmic);
+    for (const line of this.lines) this.drawLine(line);
     this.over = drawn("g", {}, svg);
     drawn("rect", { x: LEFT, y: 0, width: this.width - LEFT - RIGHT, height: HEIGHT, fill: "transparent" }, svg);
   }
@@ -227,20 +227,20 @@ class Chart {
     const pick = (values) => keep.map((place) => values[place]);
     const y = pick(of.y);
     const smooth = state.smooth > 0 && !validates && !PLAIN.includes(key) && y.length > 3;
+    const least = logarithmic ? range(y)[0] / 10 : -Infinity; // a band may reach down to 0
     return {
       ...one, y, x: pick(of.x).map((step) => onAxis(run, step)), steps: pick(of.x),
       low: of.lo ? pick(of.lo) : y, high: of.hi ? pick(of.hi) : y,
+      floor: of.lo ? pick(of.lo).map((value) => Math.max(value, least)) : y,
       mean: smooth ? smoothed(y, state.smooth) : null,
     };
   }
 
-  drawLine(line, logarithmic) {
+  drawLine(line) {
     const style = `--c:${line.color}`;
     const path = (values) => values.map((y, place) => `${place ? "L" : "M"}${this.toX(line.x[place]).toFixed(1)} ${this.toY(y).toFixed(1)}`).join("");
     if (line.of.lo) {
-      const least = logarithmic ? Math.min(...line.y) / 10 : -Infinity;
-      const low = line.low.map((y) => Math.max(y, least));
-      const back = low.map((y, place) => `L${this.toX(line.x[place]).toFixed(1)} ${this.toY(y).toFixed(1)}`).reverse().join("");
+      const back = line.floor.map((y, place) => `L${this.toX(line.x[place]).toFixed(1)} ${this.toY(y).toFixed(1)}`).reverse().join("");
       drawn("path", { class: "band", style, d: path(line.high) + back + "Z" }, this.plot);
     }
     const dash = line.dash ? { "stroke-dasharray": line.dash } : {};
