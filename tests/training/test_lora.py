@@ -310,6 +310,23 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(folder: Path, run: P
             assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_going_back_after_a_spike_takes_the_adapters_of_the_checkpoint(folder: Path, run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    config = config_of(folder, "gpt_neox", "extended", {"dropout": 0.1}, **{"train.dtype": "bfloat16"})
+    with process_group() as environment:
+        trainer = Trainer(config, tmp_path / "run", environment)
+        at_the_end = trained(trainer.model)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1.0)
+        newest = trainer._newest()
+        assert newest
+        trainer._rewind(newest, STEPS + 1)
+        found = trained(trainer.model)
+    assert all(torch.equal(found[name], at_the_end[name]) for name in at_the_end)
+
+
 def test_a_run_with_adapters_is_extended_by_another(folder: Path, tmp_path: Path):
     train(config_of(folder, "gpt_neox", "extended"), tmp_path / "whole")
     train(config_of(folder, "gpt_neox", "extended", **{"train.max_steps": 2}), tmp_path / "short")

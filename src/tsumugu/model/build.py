@@ -209,15 +209,15 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
     """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
+        device = next(model.parameters()).device
         rebuild_buffers(model)
         tied = tied_names(model)
         with _weights(folder) as state_dict, quiet():
             if new_rows:
                 state_dict |= _grown(model, state_dict, dict(new_rows))
-            load_config = LoadStateDictConfig(
-                device_map={"": next(model.parameters()).device}, weight_mapping=mapping, dtype=model.dtype
-            )
+            load_config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping, dtype=model.dtype)
             report, _ = convert_and_load_state_dict_in_model(model, state_dict, load_config)
+            _move_shards(model, device)
             model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(report)
         faults = {
@@ -238,6 +238,16 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
                 raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
 
     return fill
+
+
+def _move_shards(model: PreTrainedModel, device: torch.device) -> None:
+    """Puts shards where they were: transformers makes them on the device of the mesh, also those that are offloaded."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor) and parameter.to_local().device.type != device.type:
+                local = parameter.to_local().detach().to(device)
+                moved = DTensor(local, parameter._spec, requires_grad=False)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
 def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[int, Sequence[int]]) -> dict[str, Any]:
