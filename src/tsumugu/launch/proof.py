@@ -115,13 +115,14 @@ class _Run:
                 time.sleep(0.002)
         finally:
             _kill(process)
-        if process.returncode in (0, 3) or checkpoint.complete_steps(self.run_dir)[-1:] == [self.steps]:
+        saved = checkpoint.complete_steps(self.run_dir)
+        if process.returncode in (0, 3) or saved[-1:] == [self.steps]:
             raise UserError(
                 f"the run had taken its {self.steps} steps before it could be killed", "give --prove-resume more steps"
             )
-        if self._step() <= after:
+        if self._step() <= after or not saved:
             raise self._failed(process.returncode)
-        return self._step(), checkpoint.complete_steps(self.run_dir)[-1]
+        return self._step(), saved[-1]
 
     def _step(self) -> int:
         return max((line["step"] for line in read_metrics(self.run_dir)), default=0)
