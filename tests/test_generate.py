@@ -4,25 +4,31 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.encoding import BulkEncoder
 from support.models import stock_model, tiny_config
-from support.runs import text_run
+from support.runs import run_config, text_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tsumugu.cli import main
+from tsumugu.config import LoraConfig
 from tsumugu.data.instructions import TEMPLATES, Message
+from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.generate import Decoding, Generator, answer, converse, load_model
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.train import train_byte_level
+from tsumugu.training.signals import StopRequest
+from tsumugu.training.trainer import Trainer
 
 PROMPT = "朝早く起きて、"
+STOPPING = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -406,19 +412,47 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
     return text_run(tmp_path_factory.mktemp("generate-run"), tokenizer_folder)
 
 
-def test_a_run_says_what_its_export_says(run_folder: Path, tmp_path: Path):
-    for reference, step in ((str(run_folder), 4), (f"{run_folder}@2", 2)):
-        export(reference, tmp_path / str(step), dtype="float32")
-        model, tokenizer, origin = load_model(reference)
-        stock = AutoModelForCausalLM.from_pretrained(tmp_path / str(step))
-        ids = torch.arange(24).reshape(2, 12) + 4
-        with torch.no_grad():
-            assert torch.equal(model(input_ids=ids).logits, stock(input_ids=ids).logits)
-        assert origin["step"] == step
-        assert Path(tokenizer.name_or_path) == run_folder / "tokenizer"
-        assert model.generation_config.suppress_tokens == stock.generation_config.suppress_tokens
-        assert Generator(reference).generate(PROMPT, "", 8) == Generator(tmp_path / str(step)).generate(PROMPT, "", 8)
+@pytest.fixture(scope="module")
+def exported(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generate-export") / "model"
+    export(str(run_folder), folder, dtype="float32")
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(24).reshape(2, 12) + 4).logits
+
+
+def test_a_run_says_what_its_export_says(run_folder: Path, exported: Path):
+    model, tokenizer, origin = load_model(str(run_folder))
+    stock = AutoModelForCausalLM.from_pretrained(exported)
+    assert torch.equal(logits(model), logits(stock))
+    assert origin["step"] == 4
+    assert Path(tokenizer.name_or_path) == run_folder / "tokenizer"
+    own, others = (m.generation_config.to_diff_dict() for m in (model, stock))
+    assert [own.get(key) for key in STOPPING] == [others.get(key) for key in STOPPING]
+    assert Generator(run_folder).generate(PROMPT, "", 8) == Generator(exported).generate(PROMPT, "", 8)
     assert load_model(str(run_folder), "bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_an_earlier_checkpoint_can_be_asked(run_folder: Path):
+    earlier, _, origin = load_model(f"{run_folder}@2")
+    assert origin["step"] == 2
+    assert not torch.equal(logits(earlier), logits(load_model(str(run_folder))[0]))
+
+
+def test_adapters_of_a_run_are_added_to_their_base_model(run_folder: Path, exported: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    changes = {"model.pretrained": str(exported), "model.lora": LoraConfig(rank=2), "train.max_steps": 2}
+    changes |= {"train.global_batch_size": 2, "train.micro_batch_size": 2, "optimizer.learning_rate": 0.05}
+    with process_group() as environment:
+        trainer = Trainer(run_config(run_folder.parent / "store", changes), tmp_path / "run", environment)
+        trainer.train(StopRequest())
+        expected = logits(trainer.model.eval())
+    found = logits(load_model(str(tmp_path / "run"))[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, logits(AutoModelForCausalLM.from_pretrained(exported)), atol=1e-3)
 
 
 def test_a_run_without_the_checkpoint_is_the_users_error(run_folder: Path, tmp_path: Path):

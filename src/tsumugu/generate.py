@@ -22,8 +22,8 @@ from tsumugu.data.instructions import Message, find_template, prompt_ids, prompt
 from tsumugu.data.instructions.encode import special_ids, stop_id
 from tsumugu.data.instructions.templates import EOS
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN
-from tsumugu.model import build
+from tsumugu.export import ORIGIN, _merged
+from tsumugu.model import build, lora
 from tsumugu.model.build import quiet
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.load import check_unicode
@@ -66,31 +66,29 @@ def load_model(source: str, dtype: str | None = None) -> tuple[PreTrainedModel, 
     if not (folder / "checkpoints").is_dir() and "@" not in folder.name:
         raise UserError(f"{folder} holds no model", "give a run, or a folder that `tsumugu export` has made")
     run_dir, step = checkpoint.resolve(source)
-    return _load_checkpoint(run_dir, step, _DTYPES[dtype or "float32"], device)
+    return _load_checkpoint(run_dir, step, dtype or "float32", device)
 
 
-def _load_checkpoint(run_dir: Path, step: int, dtype: torch.dtype, device: str) -> tuple[PreTrainedModel, Any, dict]:
+def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple[PreTrainedModel, Any, dict]:
     path = checkpoint.folder(run_dir, step)
     checkpoint.check(path)
     state = checkpoint.read_state(run_dir, step)
     contract = read_contract(run_dir / "tokenizer")
     config = build.read_config(str(run_dir / "model"))
     build.take_special_ids(config, contract)
-    model = build.meta_model(config, dtype)
+    model = build.meta_model(config, _DTYPES[dtype])
     model.to_empty(device=device)
     model.tie_weights()
     build.rebuild_buffers(model)
     tied = build.tied_names(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    stored = checkpoint.read_metadata(path).state_dict_metadata
-    if missing := sorted(name for name in tensors if f"model.{name}" not in stored):
-        raise UserError(
-            f"{path}: its weights are not those of its configuration: it lacks {', '.join(missing[:3])}",
-            "use the transformers version that it was trained with",
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        checkpoint.load({"model": tensors}, path)
+    if state.get("lora"):
+        lora.check_installed()
+        read = _merged(config, lora.Adapters(**state["lora"]), path, dtype)
+        for name, tensor in tensors.items():
+            tensor.copy_(read(name))
+    else:
+        _load_weights(tensors, path)
     model.tie_weights()
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
@@ -98,6 +96,18 @@ def _load_checkpoint(run_dir: Path, step: int, dtype: torch.dtype, device: str) 
     stop = stop_id(template, run_dir / "tokenizer") if template else None
     model.generation_config = build.generation_config(config, contract, [] if stop is None else [stop])
     return model.eval(), tokenizer, {"step": step, "template": state["template"], "add_bos": state["add_bos"]}
+
+
+def _load_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    stored = checkpoint.read_metadata(path).state_dict_metadata
+    if missing := sorted(name for name in tensors if f"model.{name}" not in stored):
+        raise UserError(
+            f"{path}: its weights are not those of its configuration: it lacks {', '.join(missing[:3])}",
+            "use the transformers version that it was trained with",
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
+        checkpoint.load({"model": tensors}, path)
 
 
 @dataclass(frozen=True, kw_only=True)
