@@ -1,9 +1,11 @@
-"""Figures of models are those of a plain loop over tokens, those of the trainer, and those of the harness's own tasks."""
+"""Figures are those of a plain loop over tokens and of the trainer; tasks ask what the harness's own tasks ask."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
+import random
 import shutil
 import socket
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from support.models import stock_model, tiny_config
 from support.ranks import run_ranks
 from support.runs import run_config
@@ -37,9 +40,8 @@ from tsumugu.training.trainer import Trainer
 WIDTH = 16
 TEXTS = ["朝早く起きて、川沿いの道を三キロほど歩いた。", "雨", "図書館は月曜日がお休みです。\nAlways. ＡＢＣ"]
 
-needs_harness = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))), reason="lm-evaluation-harness is not installed"
-)
+HAS_HARNESS = all(map(importlib.util.find_spec, ("lm_eval", "accelerate")))
+needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,7 +111,7 @@ def plain_loop(folder: Path, rows: list[tuple[list[int], list[int]]]) -> tuple[f
 
 
 def rows_of(packing: str, stride: int) -> list[tuple[list[int], list[int]]]:
-    """Rows with the places that are predicted: each token from the last WIDTH ones, or from those that a rule allows."""
+    """Rows with the places that are predicted, each from at most WIDTH tokens before it."""
     documents = random_documents(11, seed=5, shortest=2, longest=30)
     streams = [[id for document in documents for id in document]] if packing == "concatenate" else documents
     rows, offset = [], 0
@@ -146,7 +148,27 @@ def of_every_cut(root: Path, batch_size: int) -> list[dict]:
     ]
 
 
-def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path):
+def scores(root: Path, task_data: Path) -> dict:
+    found = tasks_of(root, task_data, models=[str(root / "base")], tasks=["jcommonsenseqa", "jmmlu"])
+    return {name: task["scores"] for name, task in found["base"].items()}
+
+
+def on_a_rank(root: Path, task_data: Path | None) -> tuple[list[dict], dict | None]:
+    return of_every_cut(root, 3), scores(root, task_data) if task_data else None
+
+
+@pytest.fixture(scope="module")
+def of_two_processes(root: Path, request: pytest.FixtureRequest) -> list[tuple]:
+    """What each of two processes finds."""
+    return run_ranks(on_a_rank, 2, root, request.getfixturevalue("task_data") if HAS_HARNESS else None)
+
+
+@needs_harness
+def test_scores_do_not_depend_on_the_number_of_processes(root: Path, task_data: Path, of_two_processes: list):
+    assert [found for _, found in of_two_processes] == [scores(root, task_data)] * 2
+
+
+def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path, of_two_processes: list):
     token_bytes = read_contract(root / "base").token_bytes
     expected = []
     for packing, stride in CUTS:
@@ -164,7 +186,7 @@ def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_process
         )
     for batch_size in (1, 3, 64):
         assert of_every_cut(root, batch_size) == [pytest.approx(cut, rel=1e-12) for cut in expected], batch_size
-    for found in run_ranks(of_every_cut, 2, root, 3):
+    for found, _ in of_two_processes:
         assert found == [pytest.approx(cut, rel=1e-12) for cut in expected]
 
 
@@ -316,3 +338,283 @@ def test_models_stand_side_by_side_in_a_table_and_in_json(root: Path, tmp_path: 
 def test_what_is_wrong_is_one_line(root: Path, capsys: pytest.CaptureFixture):
     assert main(["evaluate", str(root / "base")]) == 2
     assert capsys.readouterr().err == ("tsumugu: nothing to evaluate on (give --store, --text, --tasks or --prompts)\n")
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+DESCRIPTION = "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\n\n"
+NOUNS = ["山", "川", "霧", "味噌汁", "豆腐", "図書館", "手袋", "地球", "時計", "雷", "資料", "印刷"]
+
+
+def common_sense(number: int, seed: int) -> list[dict]:
+    generator = random.Random(seed)
+    documents = []
+    for id in range(number):
+        choices = {f"choice{place}": noun for place, noun in enumerate(generator.sample(NOUNS, 5))}
+        label = generator.randrange(5)
+        documents.append(
+            {"q_id": id, "question": f"{generator.choice(NOUNS)}に近いものは？", **choices, "label": label}
+        )
+    return documents
+
+
+def squad(number: int, seed: int) -> list[dict]:
+    generator = random.Random(seed)
+    return [
+        {
+            "title": noun,
+            "paragraphs": [
+                {
+                    "context": f"{noun} [SEP] {noun}は{generator.choice(NOUNS)}の上にある。",
+                    "qas": [
+                        {
+                            "id": f"{noun}{place}",
+                            "question": f"{noun}はどこにある？",
+                            "answers": [{"text": answer, "answer_start": 0} for answer in (f"{noun}の上", "上")],
+                            "is_impossible": False,
+                        }
+                    ],
+                }
+            ],
+        }
+        for place, noun in enumerate(generator.sample(NOUNS, number))
+    ]
+
+
+@pytest.fixture(scope="module")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up documents in the published forms, where they lie in the published folders."""
+    data = tmp_path_factory.mktemp("task-data")
+    for folder in ("jcommonsenseqa-v1.3", "jsquad-v1.3", "JMMLU"):
+        (data / folder).mkdir()
+    for split, number, seed in (("train", 7, 1), ("valid", 6, 2)):
+        lines = [json.dumps(document, ensure_ascii=False) for document in common_sense(number, seed)]
+        (data / "jcommonsenseqa-v1.3" / f"{split}-v1.3.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        content = json.dumps({"version": "1.3", "data": squad(number - 3, seed)}, ensure_ascii=False)
+        (data / "jsquad-v1.3" / f"{split}-v1.3.json").write_text(content, encoding="utf-8")
+    for subject, header in (("anatomy", False), ("world_history", True)):
+        with open(data / "JMMLU" / f"{subject}.csv", "w", encoding="utf-8-sig", newline="") as stream:
+            rows = csv.writer(stream)
+            if header:
+                rows.writerow(["question", "A", "B", "C", "D", "answer"])
+            for document in common_sense(4, len(subject)):
+                choices = [f" {document[f'choice{place}']}" for place in range(4)]
+                rows.writerow([document["question"], *choices, "ABCD"[document["label"] % 4]])
+    return data
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments: Any, **_: Any):
+        raise AssertionError(f"reaches for the network: {arguments}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def tasks_of(root: Path, task_data: Path, **asked: Any) -> dict[str, dict[str, dict]]:
+    names = ["jcommonsenseqa", "jmmlu"]
+    asked = {"models": [str(root / "base"), str(root / "tuned")], "batch_size": 2, "dtype": "float64"} | asked
+    report = evaluate(Evaluation(**{"tasks": names, "task_data": task_data, **asked}))
+    return {Path(entry["model"]).name: entry["tasks"] for entry in report["models"]}
+
+
+def loglikelihood(folder: Path, prompt: str, continuation: str) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + continuation))
+    assert ids[: len(before)] == before
+    return -plain_loop(folder, [(ids, list(range(len(before), len(ids))))])[0]
+
+
+def common_sense_prompts() -> list[str]:
+    def question(document: dict) -> str:
+        choices = "".join(f"- {document[f'choice{place}']}\n" for place in range(5))
+        return (
+            f"### 指示：\n出力は以下から選択してください：\n{choices}\n### 入力：\n{document['question']}\n\n### 応答："
+        )
+
+    def answer(document: dict) -> str:
+        return document[f"choice{document['label']}"]
+
+    shots = random.Random(1234)
+    prompts = []
+    for document in common_sense(6, 2):
+        chosen = shots.sample(common_sense(7, 1), 3)
+        answered = [f"{question(shot)}\n{answer(shot)}\n\n" for shot in chosen]
+        prompts.append(DESCRIPTION + "".join(answered) + question(document))
+    return prompts
+
+
+@needs_harness
+def test_scores_are_those_computed_by_hand_without_the_network(root: Path, task_data: Path, no_network: None):
+    found = tasks_of(root, task_data)
+    for name in ("base", "tuned"):
+        folder, hits = root / name, []
+        for document, prompt in zip(common_sense(6, 2), common_sense_prompts(), strict=True):
+            each = [loglikelihood(folder, prompt, f"\n{document[f'choice{place}']}") for place in range(5)]
+            hits.append(each.index(max(each)) == document["label"])
+        assert found[name]["jcommonsenseqa"]["scores"] == {"acc": pytest.approx(sum(hits) / 6)}
+        by_subject = {}
+        for subject in ("anatomy", "world_history"):
+            hits = []
+            for document in common_sense(4, len(subject)):
+                choices = "".join(f"{'ABCD'[place]}. {document[f'choice{place}']}\n" for place in range(4))
+                prompt = (
+                    f"{DESCRIPTION}### 指示：\n質問の答えとして最も適切なものを選び、その記号だけを出力してください。"
+                    f"\n\n### 入力：\n{document['question']}\n{choices}\n### 応答："
+                )
+                each = [loglikelihood(folder, prompt, f"\n{letter}") for letter in "ABCD"]
+                hits.append(each.index(max(each)) == document["label"] % 4)
+            by_subject[subject] = sum(hits) / 4
+        jmmlu = found[name]["jmmlu"]
+        assert jmmlu["by_subject"] == by_subject
+        assert jmmlu["scores"] == {"acc": pytest.approx(sum(by_subject.values()) / 2)}
+
+
+@needs_harness
+def test_replies_are_scored_by_exact_match_and_by_characters(
+    root: Path, task_data: Path, tmp_path: Path, no_network: None
+):
+    """The first answer is made the model's own reply, the second one a part of it."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "base")
+
+    def question(article: dict) -> str:
+        paragraph = article["paragraphs"][0]
+        context = paragraph["context"].split("[SEP]")[-1].strip()
+        asked = f"### 入力：\n文脈：{context}\n質問：{paragraph['qas'][0]['question']}\n\n### 応答："
+        return f"### 指示：\n与えられた文脈から、質問に対する答えを抜き出してください。\n\n{asked}"
+
+    model = AutoModelForCausalLM.from_pretrained(root / "base", dtype=torch.float64).eval()
+    shots, replies = random.Random(1234), []
+    articles = squad(3, 2)
+    for article in articles:
+        chosen = shots.sample(squad(4, 1), 2)
+        answered = [f"{question(shot)}\n{shot['paragraphs'][0]['qas'][0]['answers'][0]['text']}\n\n" for shot in chosen]
+        prompt = tokenizer(DESCRIPTION + "".join(answered) + question(article), add_special_tokens=False)["input_ids"]
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 12 and ids[-1] != 2:
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        replies.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).split("\n\n")[0].strip())
+    data = shutil.copytree(task_data, tmp_path / "data")
+    answers = [[replies[0]], [replies[1][:3], replies[1][:5]], ["？？"]]
+    for article, texts in zip(articles, answers, strict=True):
+        article["paragraphs"][0]["qas"][0]["answers"] = [{"text": text, "answer_start": 0} for text in texts]
+    (data / "jsquad-v1.3" / "valid-v1.3.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
+    own = yaml.safe_load((harness.TASKS / "jsquad.yaml").read_text(encoding="utf-8"))
+    own["generation_kwargs"]["max_gen_toks"] = 12  # in place of 256, for speed
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own), encoding="utf-8")
+    asked = {"tasks": [str(tmp_path / "own.yaml")], "models": [str(root / "base")]}
+    found = tasks_of(root, data, **asked)["base"]["jsquad"]
+    assert found["scores"]["exact_match"] == pytest.approx(1 / 3)
+    said = len("".join(replies[1].split()))
+    overlap = len("".join(replies[1][:5].split()))
+    assert found["scores"]["char_f1"] == pytest.approx((1 + 2 * overlap / (said + overlap) + 0) / 3)
+
+
+def test_character_f1_is_of_the_best_answer():
+    assert harness.character_f1("東京都", ["京都", "大阪"]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+    assert harness.character_f1(" 東 京\n", ["東京"]) == 1
+    assert harness.character_f1("ああ", ["あ"]) == pytest.approx(2 / 3)
+    assert [harness.character_f1(reply, ["東京"]) for reply in ("", "大阪")] == [0, 0]
+
+
+@needs_harness
+@pytest.mark.parametrize("name", ["jcommonsenseqa", "jsquad"])
+def test_requests_and_metrics_are_those_of_the_harnesss_own_task(name: str, task_data: Path):
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    task = harness.read_task(name, task_data)
+    folder = Path(lm_eval.tasks.__file__).parent / "japanese_leaderboard"
+    config = load_yaml(folder / f"{task.upstream}.yaml")
+    splits = {split: datasets.Dataset.from_list(documents) for split, documents in task.documents.items()}
+    for key in ("dataset_path", "dataset_name"):
+        config.pop(key)
+    upstream = ConfigurableTask(config={**config, "custom_dataset": lambda **_: splits})
+    upstream.set_fewshot_seed(1234)
+    ours = harness._made(task)
+    for made in (ours, upstream):
+        made.build_all_requests()
+    assert [request.args for request in ours.instances] == [request.args for request in upstream.instances]
+    assert [ours.doc_to_target(document) for document in ours.eval_docs] == [
+        upstream.doc_to_target(document) for document in upstream.eval_docs
+    ]
+    for key in ("metric_list", "filter_list", "generation_kwargs", "num_fewshot", "output_type", "metadata"):
+        assert ours.config[key] == upstream.config[key], key
+
+
+@needs_harness
+def test_scores_say_what_they_compare_with(root: Path, task_data: Path, monkeypatch: pytest.MonkeyPatch):
+    few = {name: found["not_comparable"] for name, found in tasks_of(root, task_data, limit=1)["base"].items()}
+    assert few["jcommonsenseqa"] == [
+        "train has 7 documents, 8939 were published",
+        "validation has 6 documents, 1119 were published",
+        "only the first 1 documents",
+    ]
+    assert few["jmmlu"][0] == "lm-evaluation-harness has no task with this prompt"
+    read = harness.read_task
+
+    def as_published(name: str, data: Path) -> harness.Task:
+        task = read(name, data)
+        return dataclasses.replace(task, published={split: len(each) for split, each in task.documents.items()})
+
+    monkeypatch.setattr(harness, "read_task", as_published)
+    found = tasks_of(root, task_data, tasks=["jcommonsenseqa"])["base"]["jcommonsenseqa"]
+    assert found["not_comparable"] == []
+    assert (found["upstream"], found["shots"], found["version"]) == ("ja_leaderboard_jcommonsenseqa", 3, 1.0)
+    assert found["prompts_cut"] == 0
+    monkeypatch.setattr(harness, "CHECKED", "0.4.0")
+    found = tasks_of(root, task_data, tasks=["jcommonsenseqa"])["base"]["jcommonsenseqa"]
+    assert "is installed" in found["not_comparable"][0]
+
+
+@needs_harness
+def test_a_run_has_the_scores_of_its_export(root: Path, task_data: Path, tmp_path: Path):
+    export(str(root / "pad_left"), tmp_path / "model", dtype="float64")
+    asked: dict[str, Any] = {"tasks": ["jsquad", "jcommonsenseqa"], "limit": 1, "chat_template": True}
+    models = [str(root / "pad_left"), str(tmp_path / "model")]
+    run, folder = tasks_of(root, task_data, models=models, **asked).values()
+    assert run == folder
+    assert run["jsquad"]["not_comparable"][-3:] == [
+        "the prompts went through a chat template",
+        "which has no system message, so that the task's description was left out",
+        "which has a single turn, so that the shots stand in the one message",
+    ]
+
+
+@needs_harness
+def test_a_model_without_a_chat_template_is_refused(root: Path, task_data: Path):
+    with pytest.raises(UserError, match="has no chat template"):
+        tasks_of(root, task_data, tasks=["jmmlu"], chat_template=True)
+
+
+def test_task_files_of_ones_own_read_local_files_and_nothing_else(task_data: Path, tmp_path: Path):
+    own = yaml.safe_load((harness.TASKS / "jmmlu.yaml").read_text(encoding="utf-8"))
+    own["tsumugu"]["files"] = {"test": "JMMLU/ana*.csv"}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(own), encoding="utf-8")
+    assert len(harness.read_task(str(file), task_data).documents["test"]) == 4
+    for change, message in (
+        ({"dataset_path": "Rakuten/JGLUE"}, "dataset_path, which names a data set of the hub"),
+        ({"tsumugu": {"form": "lines"}}, "does not say which files it reads"),
+        ({"tsumugu": {"form": "lines", "files": {"test": "nothing*"}}}, r"holds no nothing\*"),
+    ):
+        file.write_text(yaml.safe_dump(own | change), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            harness.read_task(str(file), task_data)
+    file.write_text("task: own\nprocess_docs: !function utils.run\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no task file that is read here"):
+        harness.read_task(str(file), task_data)
+    with pytest.raises(UserError, match=r"no task jnli \(known: jcommonsenseqa, jmmlu, jsquad"):
+        harness.read_task("jnli", task_data)
+
+
+def test_two_versions_of_one_data_set_are_refused(task_data: Path, tmp_path: Path):
+    data = shutil.copytree(task_data, tmp_path / "data")
+    shutil.copytree(data / "jsquad-v1.3", data / "jsquad-v1.1")
+    with pytest.raises(UserError, match=r"several files for the task jsquad.*leave one of them"):
+        harness.read_task("jsquad", data)

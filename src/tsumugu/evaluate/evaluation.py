@@ -139,13 +139,14 @@ def show(report: dict[str, Any], console: Console) -> None:
     columns = _columns(report)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("model", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right")
+    for name, _ in columns:
+        table.add_column(escape(name), justify="right")
     for entry in report["models"]:
-        table.add_row(escape(entry["model"]), *(value(entry) for value in columns.values()))
+        table.add_row(escape(entry["model"]), *(value(entry) for _, value in columns))
     if columns:
         needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        console.print(table, width=max(needed, console.width), crop=False, no_wrap=True, soft_wrap=True)
+        console.width = max(needed, console.width)
+        console.print(table)
     lines = [_line(place) for place in [*report["stores"], *filter(None, [report["text"]])]]
     processes = f", {report['processes']} processes" if report["processes"] > 1 else ""
     lines.append(f"{report['dtype']} on {report['device']}{processes}")
@@ -325,21 +326,23 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _columns(report: dict[str, Any]) -> dict[str, Callable[[dict], str]]:
+def _columns(report: dict[str, Any]) -> list[tuple[str, Callable[[dict], str]]]:
     """Headings, and what stands below each for a model."""
-    columns: dict[str, Callable[[dict], str]] = {}
+    columns: list[tuple[str, Callable[[dict], str]]] = []
     short = {"loss": "loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte", "tokens": "tokens"}
+    alone = len(report["stores"]) == 1 and not report["text"]
     for number, store in enumerate(report["stores"]):
-        prefix = "" if len(report["stores"]) == 1 and not report["text"] else f"{Path(store['path']).name} "
+        prefix = "" if alone else f"{Path(store['path']).name} "
         for key, heading in short.items():
-            columns[f"{prefix}{heading}"] = lambda entry, n=number, k=key: _number(entry["stores"][n][k])
+            columns.append((f"{prefix}{heading}", lambda entry, n=number, k=key: _number(entry["stores"][n][k])))
     if report["text"]:
-        for key in ("perplexity", "bits_per_byte", "tokens"):
-            columns[f"text {short[key]}"] = lambda entry, k=key: _number(entry["text"][k])
+        for key, heading in short.items():
+            columns.append((f"raw text {heading}", lambda entry, k=key: _number(entry["text"][k])))
     for task, found in report["models"][0].get("tasks", {}).items():
         star = "*" if found["not_comparable"] else ""
         for metric in found["scores"]:
-            columns[f"{task} {metric}{star}"] = lambda entry, t=task, m=metric: f"{entry['tasks'][t]['scores'][m]:.4f}"
+            heading = f"{task} {metric}{star}"
+            columns.append((heading, lambda entry, t=task, m=metric: f"{entry['tasks'][t]['scores'][m]:.4f}"))
     return columns
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch.distributed as dist
 import yaml
 from huggingface_hub import constants as hub
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from tsumugu.data.store import sha256
@@ -34,6 +35,7 @@ TASKS = Path(__file__).parent / "tasks"
 CHECKED = "0.4.13"  # the version of lm-evaluation-harness whose tasks ours are compared with, by tests/test_evaluate.py
 FEWSHOT_SEED = 1234  # the harness's own default
 
+_TURNS = ("user", "assistant", "user")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _NETWORK_KEYS = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "use_prompt", "include")
 
@@ -142,7 +144,7 @@ def run(
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
+            fewshot_as_multiturn=chat_template and _takes(harness_model.tokenizer, *_TURNS),
         )
         return {task.name: _report(task, results, harness_model, limit, chat_template) for task in tasks}
 
@@ -210,13 +212,17 @@ def _shared(requests: list, compute: Callable[[list], list], group: Group) -> li
 
 
 def _check_room(tasks: Sequence[Task], harness_model: Any, model: Model) -> None:
-    room, longest = harness_model.max_length, harness_model.max_gen_toks
-    generating = [task.name for task in tasks if task.config.get("output_type") == "generate_until"]
-    if generating and room <= longest:
-        raise UserError(
-            f"{generating[0]} wants replies of {longest} tokens, {model.reference.name} has {room} positions",
-            "leave this task out",
-        )
+    room = harness_model.max_length
+    for task in tasks:
+        if task.config["output_type"] == "generate_until" and room <= (longest := _longest_reply(task, harness_model)):
+            raise UserError(
+                f"{task.name} wants replies of {longest} tokens, {model.reference.name} has {room} positions",
+                "leave this task out",
+            )
+
+
+def _longest_reply(task: Task, harness_model: Any) -> int:
+    return task.config.get("generation_kwargs", {}).get("max_gen_toks", harness_model.max_gen_toks)
 
 
 def _report(task: Task, results: Any, harness_model: Any, limit: int | None, chat_template: bool) -> dict[str, Any]:
@@ -242,11 +248,11 @@ def _report(task: Task, results: Any, harness_model: Any, limit: int | None, cha
             by_subject[sample["doc"]["subject"]].append(sample[metrics[0]])
     if by_subject:
         report["by_subject"] = {subject: float(np.mean(each)) for subject, each in sorted(by_subject.items())}
-    report["not_comparable"] = _differences(task, report, limit, chat_template)
+    report["not_comparable"] = _differences(task, report, limit, chat_template, harness_model.tokenizer)
     return report
 
 
-def _differences(task: Task, report: dict, limit: int | None, chat_template: bool) -> list[str]:
+def _differences(task: Task, report: dict, limit: int | None, chat_template: bool, tokenizer: Any) -> list[str]:
     """Why the scores are not those that the harness's own task would give; [] where they are."""
     installed = importlib.metadata.version("lm_eval")
     differences = []
@@ -261,7 +267,20 @@ def _differences(task: Task, report: dict, limit: int | None, chat_template: boo
         differences.append(f"only the first {limit} documents")
     if chat_template:
         differences.append("the prompts went through a chat template")
+        if task.config.get("description") and not _takes(tokenizer, "system", "user"):
+            differences.append("which has no system message, so that the task's description was left out")
+        if report["shots"] and not _takes(tokenizer, *_TURNS):
+            differences.append("which has a single turn, so that the shots stand in the one message")
     return differences
+
+
+def _takes(tokenizer: Any, *roles: str) -> bool:
+    """Whether the chat template takes messages of these roles."""
+    try:
+        tokenizer.apply_chat_template([{"role": role, "content": "a"} for role in roles], tokenize=False)
+    except TemplateError:
+        return False
+    return True
 
 
 def _evaluated(task: Task) -> str:
@@ -273,7 +292,7 @@ def _is_cut(sample: dict, task: Task, harness_model: Any) -> bool:
     arguments = sample["arguments"]
     if task.config["output_type"] == "generate_until":
         length = len(harness_model.tok_encode(arguments[0][0]))
-        return length > harness_model.max_length - harness_model.max_gen_toks
+        return length > harness_model.max_length - _longest_reply(task, harness_model)
     pairs = (harness_model._encode_pair(prompt, choice) for prompt, choice in arguments)
     return any(len(prompt) + len(choice) > harness_model.max_length + 1 for prompt, choice in pairs)
 
