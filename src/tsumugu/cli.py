@@ -195,7 +195,10 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("source", metavar="RUN", help="a run folder, or RUN@STEP")
     export.add_argument("--output", required=True, metavar="DIR")
     export.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
-    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 (with --adapter: float32)"
+    )
+    export.add_argument("--adapter", action="store_true", help="of a run with model.lora the adapters alone, for peft")
 
     generate = command(commands, "generate", _generate, "continue or answer a prompt")
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
@@ -480,7 +483,7 @@ def _run_dir(options: argparse.Namespace) -> Path:
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu.export import export
 
-    made = export(options.source, Path(options.output), options.step, options.dtype)
+    made = export(options.source, Path(options.output), options.step, options.dtype, options.adapter)
     print(f"{options.output}: {'done' if made else 'already done'}")
     return 0
 

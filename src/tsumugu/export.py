@@ -7,6 +7,7 @@ older names are written beside them.
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tsumugu.data.instructions import find_template, jinja_of
 from tsumugu.data.instructions.encode import stop_id
 from tsumugu.errors import UserError
-from tsumugu.model import build
+from tsumugu.model import build, lora
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
@@ -26,21 +27,27 @@ MAX_FILE_BYTES = 5 * 10**9
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
-def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat16") -> bool:
+def export(run: str, output: Path, step: int | None = None, dtype: str | None = None, adapter: bool = False) -> bool:
     """Writes the model of a checkpoint as a Hugging Face folder.
+
+    Adapters (of a run with `model.lora`) are merged: base + alpha / rank · B A, computed in float32 and then cast. For
+    that the whole base model is read into memory, in its own dtype.
 
     Args:
         run: RUN or RUN@STEP.
         output: The folder to make; it appears when it is whole.
         step: The same as @STEP.
-        dtype: bfloat16, float16, float32 or float64.
+        dtype: bfloat16, float16, float32 or float64; default: bfloat16, of an adapter float32.
+        adapter: Writes the adapters alone, as a folder that peft loads.
 
     Returns:
         False where `output` already is this export.
 
     Raises:
-        UserError: No such checkpoint, a damaged one, or an output folder that holds something else.
+        UserError: No such checkpoint, a damaged one, an output folder that holds something else, a base model that is
+            not the one beside which the adapters were trained, or no adapters where they are asked for.
     """
+    dtype = dtype or ("float32" if adapter else "bfloat16")
     run_dir, step = checkpoint.resolve(f"{run}@{step}" if step is not None else run)
     path = checkpoint.folder(run_dir, step)
     marker = json.loads((path / checkpoint.COMPLETE).read_text(encoding="utf-8"))
@@ -54,6 +61,12 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
         "template": state["template"],
         "add_bos": state["add_bos"],
     }
+    adapters = lora.Adapters(**state["lora"]) if state.get("lora") else None
+    if adapter and adapters is None:
+        raise UserError(f"{run_dir} was trained without model.lora, and has no adapters", "export without --adapter")
+    if adapters:
+        lora.check_installed()
+        origin |= {"adapter": adapter, "base": adapters.base, "base_sha256": adapters.base_sha256}
     if output.exists():
         if (output / ORIGIN).exists() and json.loads((output / ORIGIN).read_text(encoding="utf-8")) == origin:
             return False
@@ -67,14 +80,19 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
         config = build.read_config(str(run_dir / "model"))
         build.take_special_ids(config, contract)
         model = build.meta_model(config, _DTYPES[dtype])
-        _write_weights(model, path, temporary)
-        _write_config(model, config, dtype, temporary)
         template = find_template(state["template"]) if state["template"] else None
-        further = [stop_id(template, temporary)] if template else []
-        _write_generation_config(config, contract, [id for id in further if id is not None], temporary)
+        if adapters and adapter:
+            _write_adapter(model, adapters, path, temporary)
+        else:
+            merged = _merged(config, adapters, path, _DTYPES[dtype]) if adapters else _stored(model, path)
+            _write_weights(model, merged, temporary)
+            _write_config(model, config, dtype, temporary)
+            further = [stop_id(template, temporary)] if template else []
+            _write_generation_config(config, contract, [id for id in further if id is not None], temporary)
         if template:  # what it was trained with, in place of the tokenizer's own
             (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, state["add_bos"]), encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
+        card = _adapter_card(adapters, config, origin) if adapters and adapter else _model_card(model, origin)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
         temporary.rename(output)
     except Exception as error:
@@ -85,8 +103,11 @@ def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat
     return True
 
 
-def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
-    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
+_Read = Callable[[list[str]], dict[str, torch.Tensor]]  # names in memory → whole tensors in the dtype of the export
+
+
+def _stored(model: PreTrainedModel, path: Path) -> _Read:
+    """The weights as a checkpoint holds them."""
     state_dict = model.state_dict()
     names = [name for name in state_dict if name not in build.tied_names(model)]
     stored = checkpoint.read_metadata(path).state_dict_metadata
@@ -96,17 +117,45 @@ def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
             f"{path}: its weights are not those of its configuration: {', '.join(sorted(differing)[:3])}",
             "export with the transformers version that it was trained with",
         )
-    groups = _file_groups(model, names)
+
+    def read(names: list[str]) -> dict[str, torch.Tensor]:
+        return _load({name: torch.empty_like(state_dict[name], device="cpu") for name in names}, path)
+
+    return read
+
+
+def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype: torch.dtype) -> _Read:
+    """The weights of the base model, with the adapters of a checkpoint added."""
+    folder = build.find_pretrained(adapters.base)
+    if build.weights_sha256(folder) != adapters.base_sha256:
+        raise UserError(
+            f"{adapters.base} is not the model beside which the adapters of {path} were trained: its weights differ",
+            "put that model back in its place",
+        )
+    model = build.adapted_model(config, folder, adapters, lora.merging_dtype(dtype))
+    _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
+    weight = lora.merged(model, dtype)
+    return lambda names: {name: weight(name) for name in names}
+
+
+def _load(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Fills tensors from a checkpoint, casting to the dtype of each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
+        checkpoint.load({"model": tensors}, path)
+    return tensors
+
+
+def _write_weights(model: PreTrainedModel, read: _Read, output: Path) -> None:
+    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
+    groups = _file_groups(model, [name for name in model.state_dict() if name not in build.tied_names(model)])
     weight_map, total_size = {}, 0
     for number, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: torch.empty_like(state_dict[name], device="cpu") for name in group}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
-            checkpoint.load({"model": tensors}, path)  # casts to each tensor's dtype
+        tensors = read(group)
         for name, tensor in tensors.items():
             if tensor.dtype == torch.float16 and tensor.isinf().any():
-                raise UserError(f"{path}: {name} has values that float16 cannot hold", "use --dtype bfloat16")
+                raise UserError(f"{name} has values that float16 cannot hold", "use --dtype bfloat16")
         on_disk = build.disk_names(model, tensors)
         save_file({name: tensor.contiguous() for name, tensor in on_disk.items()}, output / file, {"format": "pt"})
         weight_map |= dict.fromkeys(on_disk, file)
@@ -114,6 +163,20 @@ def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
     if len(groups) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write_adapter(model: PreTrainedModel, adapters: lora.Adapters, path: Path, output: Path) -> None:
+    """What was trained under the names that peft gives it, and peft's configuration."""
+    described = lora.peft_config(model, adapters)
+    described.inference_mode = True
+    if Path(adapters.base).is_dir():
+        described.base_model_name_or_path = str(Path(adapters.base).resolve())
+    described.save_pretrained(output)
+    lora.add_adapters(model, adapters, model.dtype)
+    parameters = lora.trained(model)
+    tensors = _load({name: torch.empty_like(p, device="cpu") for name, p in parameters.items()}, path)
+    on_disk = {f"base_model.model.{lora.disk_name(name)}": tensor for name, tensor in tensors.items()}
+    save_file(on_disk, output / "adapter_model.safetensors", {"format": "pt"})
 
 
 def _file_groups(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
@@ -169,6 +232,32 @@ def _write_generation_config(
         pad_token_id=config.pad_token_id,
         suppress_tokens=sorted(never) or None,
     ).save_pretrained(output)
+
+
+def _adapter_card(adapters: lora.Adapters, config: PretrainedConfig, origin: dict) -> str:
+    resize = f"\nmodel.resize_token_embeddings({config.vocab_size})" if adapters.new_rows else ""
+    return f"""---
+library_name: peft
+base_model: {adapters.base}
+---
+# LoRA adapter
+
+Trained with tsumugu. / tsumugu で学習した LoRA アダプタです。
+
+- Base model / ベースモデル: {adapters.base} (sha256 {adapters.base_sha256[:16]}…)
+- rank {adapters.rank}, alpha {adapters.alpha:g}, {", ".join(adapters.targets)}
+- Step / ステップ: {origin["step"]}
+- dtype: {origin["dtype"]}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("this-folder")
+model = AutoModelForCausalLM.from_pretrained("{adapters.base}"){resize}
+model = PeftModel.from_pretrained(model, "this-folder")
+```
+"""
 
 
 def _model_card(model: PreTrainedModel, origin: dict) -> str:
