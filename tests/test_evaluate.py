@@ -24,6 +24,7 @@ from support.stores import random_documents, write_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tsumugu.cli import main
+from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.evaluate import harness
@@ -35,12 +36,14 @@ from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.load import BulkEncoder
 from tsumugu.training.metrics import read_metrics
 from tsumugu.training.signals import StopRequest
+from tsumugu.training.storages import new_group
 from tsumugu.training.trainer import Trainer
 
 WIDTH = 16
 TEXTS = ["朝早く起きて、川沿いの道を三キロほど歩いた。", "雨", "図書館は月曜日がお休みです。\nAlways. ＡＢＣ"]
 
 HAS_HARNESS = all(map(importlib.util.find_spec, ("lm_eval", "accelerate")))
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 needs_harness = pytest.mark.skipif(not HAS_HARNESS, reason="lm-evaluation-harness is not installed")
 
 
@@ -69,9 +72,15 @@ def root(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Pa
     (root / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     tiny_config("llama", False, vocab_size=vocab_size).save_pretrained(root / "config")
     for name, (store, data) in RUNS.items():
+        if name == "lora" and not HAS_PEFT:
+            continue
         changes = {f"data.{key}": value for key, value in data.items()}
         changes |= {"train.max_steps": 3, "train.global_batch_size": 2, "checkpoint.every": 2, "train.dtype": "float64"}
-        changes |= {"model.config": str(root / "config"), "optimizer.learning_rate": 0.01, "evaluate.every": 2}
+        changes |= {"optimizer.learning_rate": 0.01, "evaluate.every": 2}
+        if name == "lora":
+            changes |= {"model.pretrained": str(root / "base"), "model.lora": LoraConfig(rank=2)}
+        else:
+            changes["model.config"] = str(root / "config")
         with process_group() as environment:
             Trainer(run_config(root / store, changes), root / name, environment).train(StopRequest())
     return root
@@ -82,6 +91,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "document_mask": ("text", {"packing": "concatenate", "document_mask": True}),
     "best_fit": ("text", {"packing": "best_fit"}),
     "pad_left": ("instructions", {"packing": "pad_left"}),
+    "lora": ("instructions", {"packing": "best_fit"}),
 }
 
 
@@ -148,27 +158,13 @@ def of_every_cut(root: Path, batch_size: int) -> list[dict]:
     ]
 
 
-def scores(root: Path, task_data: Path) -> dict:
-    found = tasks_of(root, task_data, models=[str(root / "base")], tasks=["jcommonsenseqa", "jmmlu"])
-    return {name: task["scores"] for name, task in found["base"].items()}
+def on_a_rank(root: Path) -> tuple[list[dict], list]:
+    group, calls = new_group(), []
+    shared = [harness._shared(list(range(number)), lambda own: calls.append(own) or own, group) for number in (1, 7)]
+    return of_every_cut(root, 3), [shared, calls]
 
 
-def on_a_rank(root: Path, task_data: Path | None) -> tuple[list[dict], dict | None]:
-    return of_every_cut(root, 3), scores(root, task_data) if task_data else None
-
-
-@pytest.fixture(scope="module")
-def of_two_processes(root: Path, request: pytest.FixtureRequest) -> list[tuple]:
-    """What each of two processes finds."""
-    return run_ranks(on_a_rank, 2, root, request.getfixturevalue("task_data") if HAS_HARNESS else None)
-
-
-@needs_harness
-def test_scores_do_not_depend_on_the_number_of_processes(root: Path, task_data: Path, of_two_processes: list):
-    assert [found for _, found in of_two_processes] == [scores(root, task_data)] * 2
-
-
-def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path, of_two_processes: list):
+def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path):
     token_bytes = read_contract(root / "base").token_bytes
     expected = []
     for packing, stride in CUTS:
@@ -186,8 +182,11 @@ def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_process
         )
     for batch_size in (1, 3, 64):
         assert of_every_cut(root, batch_size) == [pytest.approx(cut, rel=1e-12) for cut in expected], batch_size
-    for found, _ in of_two_processes:
+    of_two_processes = run_ranks(on_a_rank, 2, root)
+    for found, (shared, _) in of_two_processes:
         assert found == [pytest.approx(cut, rel=1e-12) for cut in expected]
+        assert shared == [[0], list(range(7))]  # requests of tasks: all replies, in order
+    assert [calls for _, (_, calls) in of_two_processes] == [[[0, 1, 2]], [[0], [3, 4, 5, 6]]]
 
 
 @pytest.mark.parametrize("length", [1, 4, 7])
@@ -207,6 +206,8 @@ def test_every_token_but_the_first_of_a_document_is_the_label_of_one_piece(lengt
 
 @pytest.mark.parametrize("run", RUNS)
 def test_figures_of_a_run_are_its_own_validation_figures(run: str, root: Path):
+    if run == "lora" and not HAS_PEFT:
+        pytest.skip("peft is not installed")
     lines = [line for line in read_metrics(root / run) if "validation_loss" in line and line["step"]]
     asked = Evaluation(models=[str(root / run)], each_checkpoint=True, stores=[root / RUNS[run][0]], dtype="float64")
     report = evaluate(asked)

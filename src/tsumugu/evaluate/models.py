@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from tsumugu.data.instructions import find_template, jinja_of
 from tsumugu.data.instructions.encode import stop_id
-from tsumugu.data.store import sha256
 from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN, _write_generation_config
-from tsumugu.model import build
+from tsumugu.export import ORIGIN, _merged, _write_generation_config
+from tsumugu.model import build, lora
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.storages import Group
@@ -60,7 +59,7 @@ class Model:
         module: In evaluation mode, on this process's device.
         add_bos: Whether bos began what it was trained on; None: as its tokenizer does by itself.
         chat_template: The template that it was trained with, or that its tokenizer has.
-        weights: sha256 over the files that hold the weights.
+        weights: sha256 over the files that hold the weights; of a run also its moments.
     """
 
     reference: Reference
@@ -184,30 +183,30 @@ def _load_folder(reference: Reference, dtype: torch.dtype, device: torch.device,
         raise UserError(f"{folder} cannot be loaded: {reason}", "export or copy it anew") from None
     origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8")) if (folder / ORIGIN).exists() else {}
     template = reference.tokenizer / CHAT_TEMPLATE
-    files = sorted(file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern))
-    hashes = on_main(lambda: [sha256(file) for file in files])
     return Model(
         reference,
         module.to(device),
         origin.get("add_bos"),
         template.read_text(encoding="utf-8") if template.is_file() else None,
-        _digest(hashes),
+        on_main(lambda: build.weights_sha256(folder)),
     )
 
 
 def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, group: Group) -> Model:
     saved = checkpoint.find(reference.name, group)
     state, contract = saved.state(), reference.contract
-    if state.get("lora"):
-        raise UserError(
-            f"{reference.name} has adapters, without the model that they belong to",
-            "export it, which merges them, and evaluate the export",
-        )
     config = build.read_config(str(reference.folder / "model"))
     build.take_special_ids(config, contract)
     module = build.meta_model(config, dtype).to_empty(device=device)
     module.tie_weights()
-    checkpoint.weights(saved)(module, [])
+    hashes = [entry["sha256"] for _, entry in sorted(saved.files.items())]
+    if state.get("lora"):
+        adapters = lora.Adapters(**state["lora"])
+        lora.check_installed()
+        hashes.append(adapters.base_sha256)
+        _fill(module, _merged(config, adapters, saved.path, dtype))
+    else:
+        checkpoint.weights(saved)(module, [])
     template = find_template(state["template"]) if state["template"] else None
     stops = [stop_id(template, reference.tokenizer)] if template else []
     with tempfile.TemporaryDirectory() as folder:  # what an export of it would stop at, and never say
@@ -218,9 +217,15 @@ def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, gr
         module,
         state["add_bos"],
         jinja_of(template, state["add_bos"]) if template else None,
-        _digest([entry["sha256"] for _, entry in sorted(saved.files.items())]),
+        hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
     )
 
 
-def _digest(hashes: list[str]) -> str:
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+def _fill(module: PreTrainedModel, read: Callable[[list[str]], dict[str, torch.Tensor]]) -> None:
+    """Sets the weights of a model one after another, and computes what no checkpoint holds."""
+    build.rebuild_buffers(module)
+    tied = build.tied_names(module)
+    for name, parameter in module.state_dict().items():
+        if name not in tied:
+            parameter.copy_(read([name])[name])
+    module.tie_weights()
