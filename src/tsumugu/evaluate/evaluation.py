@@ -352,6 +352,8 @@ def _number(value: float | None) -> str:
 
 def _line(place: dict[str, Any]) -> str:
     name = f"{place['path']} ({place['split']})" if "path" in place else f"text of {place['documents']:,} documents"
+    if place.get("kind") == "instructions":
+        return f"{name}: example by example, supervised tokens"
     how = {
         "documents": "document by document",
         "concatenate": "documents one after another",

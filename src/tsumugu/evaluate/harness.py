@@ -170,7 +170,12 @@ def _made(task: Task) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     splits = {split: datasets.Dataset.from_list(documents) for split, documents in task.documents.items()}
-    made = ConfigurableTask(config={**task.config, "custom_dataset": lambda **_: splits})
+    try:
+        made = ConfigurableTask(config={**task.config, "custom_dataset": lambda **_: splits})
+    except (TemplateError, KeyError) as error:
+        raise UserError(
+            f"{task.name}: its documents are not of the published form: {error}", "see docs/evaluate.md"
+        ) from None
     made.set_fewshot_seed(FEWSHOT_SEED)
     return made
 
@@ -298,7 +303,7 @@ def _is_cut(sample: dict, task: Task, harness_model: Any) -> bool:
 
 
 def _files(data: Path, pattern: str, many: bool, task: str) -> list[Path]:
-    files = sorted(file for file in data.glob(pattern) if file.is_file())
+    files = sorted({file for file in data.glob(pattern) if file.is_file()})
     if not files:
         raise UserError(f"{data} holds no {pattern}, which the task {task} reads", "see docs/evaluate.md")
     twice = [stem for stem, count in Counter(file.stem for file in files).items() if count > 1]
@@ -311,20 +316,26 @@ def _files(data: Path, pattern: str, many: bool, task: str) -> list[Path]:
 def _read_lines(file: Path) -> list[dict]:
     """JSON lines, one document each."""
     documents = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
-                document = json.loads(line)
+                documents.append(json.loads(line))
             except ValueError as error:
                 raise UserError(f"{file}, line {number}: no JSON ({error})", "mend it") from None
-            documents.append(document)
     return documents
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}", "unpack it, or save it as UTF-8") from None
 
 
 def _read_squad(file: Path) -> list[dict]:
     """SQuAD's own form: articles, their paragraphs, and the questions about them; or one question a JSON line."""
     try:
-        articles = json.loads(file.read_text(encoding="utf-8-sig"))["data"]
+        articles = json.loads(_text(file))["data"]
     except (ValueError, KeyError):
         return _read_lines(file)
     return [
