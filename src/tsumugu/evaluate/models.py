@@ -204,13 +204,14 @@ def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, gr
         adapters = lora.Adapters(**state["lora"])
         lora.check_installed()
         hashes.append(adapters.base_sha256)
-        _fill(module, _merged(config, adapters, saved.path, dtype))
+        _fill(module, _merged(config, adapters, saved.path, str(dtype).removeprefix("torch.")))
     else:
         checkpoint.weights(saved)(module, [])
     template = find_template(state["template"]) if state["template"] else None
-    stops = [stop_id(template, reference.tokenizer)] if template else []
+    own = stop_id(template, reference.tokenizer) if template else None
+    stops = [*([own] if own is not None else []), *build.stop_ids(config)]
     with tempfile.TemporaryDirectory() as folder:  # what an export of it would stop at, and never say
-        _write_generation_config(config, contract, [id for id in stops if id is not None], Path(folder))
+        _write_generation_config(config, contract, stops, Path(folder))
         module.generation_config = GenerationConfig.from_pretrained(folder)
     return Model(
         reference,
@@ -221,11 +222,11 @@ def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, gr
     )
 
 
-def _fill(module: PreTrainedModel, read: Callable[[list[str]], dict[str, torch.Tensor]]) -> None:
+def _fill(module: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> None:
     """Sets the weights of a model one after another, and computes what no checkpoint holds."""
     build.rebuild_buffers(module)
     tied = build.tied_names(module)
     for name, parameter in module.state_dict().items():
         if name not in tied:
-            parameter.copy_(read([name])[name])
+            parameter.copy_(read(name))
     module.tie_weights()
