@@ -9,6 +9,7 @@ files, which the system takes back when it needs them. Prints a Markdown table.
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,12 @@ class Stopped(StopRequest):
 
     def __bool__(self) -> bool:
         return True
+
+
+def make_checkpoint(work: Path) -> None:
+    with process_group() as environment:
+        run = config.load(config.TrainingRun, [str(work / "recipe.yaml")])
+        Trainer(run, work / "run", environment).train(Stopped())
 
 
 def children(pid: int) -> list[int]:
@@ -68,9 +75,9 @@ def main() -> None:
             "train": {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
         }
         (work / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-        with process_group() as environment:
-            run = config.load(config.TrainingRun, [str(work / "recipe.yaml")])
-            Trainer(run, work / "run", environment).train(Stopped())
+        maker = multiprocessing.get_context("spawn").Process(target=make_checkpoint, args=(work,))
+        maker.start()
+        maker.join()
         peaks: dict[str, dict[str, float]] = {}
         done = threading.Event()
         started = time.monotonic()
@@ -86,10 +93,9 @@ def main() -> None:
         print("| preset | dtype | files (GB) | seconds | exit | process | anonymous GiB | resident GiB |")
         print("| --- | --- | --- | ---: | ---: | --- | ---: | ---: |")
         for name, peak in peaks.items():
-            print(
-                f"| {options.preset} | {options.dtype} | {', '.join(f'{size:.2f}' for size in sizes)} | {seconds:.0f} | "
-                f"{code} | {name} | {peak['RssAnon']:.2f} | {peak['VmRSS']:.2f} |"
-            )
+            files = ", ".join(f"{size:.2f}" for size in sizes)
+            memory = f"{peak['RssAnon']:.2f} | {peak['VmRSS']:.2f}"
+            print(f"| {options.preset} | {options.dtype} | {files} | {seconds:.0f} | {code} | {name} | {memory} |")
 
 
 if __name__ == "__main__":
