@@ -370,7 +370,7 @@ def read_prompts(path: Path, system: str = "") -> list[tuple[Any, list[Message]]
         UserError: No such file, or a line that is no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.suffix != ".jsonl" else _json_lines(path)
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand inside a prompt
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "give a file of prompts") from None
     except UnicodeDecodeError as error:
@@ -380,7 +380,7 @@ def read_prompts(path: Path, system: str = "") -> list[tuple[Any, list[Message]]
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            prompts.append((line, conversation(line, system=system)))
+            prompts.append((line.rstrip("\r"), conversation(line.rstrip("\r"), system=system)))
             continue
         try:
             record = json.loads(line)
@@ -394,10 +394,6 @@ def read_prompts(path: Path, system: str = "") -> list[tuple[Any, list[Message]]
     if not prompts:
         raise UserError(f"{path} holds no prompt", "write one a line")
     return prompts
-
-
-def _json_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside a string
 
 
 def answer(generator: Generator, path: Path, decoding: Decoding, batch_size: int, system: str = "") -> Iterator[dict]:
