@@ -42,7 +42,7 @@ VERSION = 1
 # transformers order the same sums otherwise: float32 has 1.2e-7, and a deep model adds up some hundred of them.
 _LOGITS = 1e-4
 _PERPLEXITY = 0.05  # relative: what the dtype of the export may cost (bfloat16 costs well below 1 %)
-_ROW_TOKENS, _SAMPLE_ROWS = 128, 4
+_ROW_TOKENS = 64
 
 Read = Callable[[str], torch.Tensor]  # a name in memory → the whole tensor, in the dtype of the checkpoint
 
