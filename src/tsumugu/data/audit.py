@@ -8,7 +8,6 @@ then begin and end so. Nothing here changes a store.
 import dataclasses
 import functools
 import itertools
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -843,13 +842,13 @@ class _Audit:
     def _train_on_findings(self) -> list[Finding]:
         """Whether no row at all is supervised as far as train_on says; single messages may be left out."""
         several, message = self.several, None
-        if self.train_on == "everything" and self._rows and self.form and self.form.lead and not self.split:
-            message = None if several["whole"] else "train_on says everything, and no row is supervised as a whole"
-        elif self.train_on == "responses" and self.form and self.form.learns_earlier:
-            if several["rows"] > BLOCKING_SHARE * self._rows and not several["all"]:
-                message = (
-                    "of rows with several replies never more than one is supervised, though train_on says responses"
-                )
+        if self.form is None or not self.form.lead or self.split:
+            return []
+        if self.train_on == "everything" and not several["whole"]:
+            message = "train_on says everything, and no row is supervised as a whole"
+        several_but_one = several["rows"] > BLOCKING_SHARE * self._rows and not several["all"]
+        if self.train_on == "responses" and self.form.learns_earlier and several_but_one:
+            message = "of rows with several replies never more than one is supervised, though train_on says responses"
         mend = "set prepare.train_on to what is wanted, and prepare the store again"
         return [Finding("train-on-mismatch", "warning", message, mend)] if message else []
 

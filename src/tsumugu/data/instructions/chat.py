@@ -98,7 +98,7 @@ class ChatTemplate:
         prompt, _ = self._render(PROBE[:1], prompt=True)
         if head != prompt:
             raise UserError(
-                f"what the chat template marks of a reply does not begin where its generation prompt ends: that ends in "
+                "what the chat template marks of a reply does not begin where its generation prompt ends: that ends in "
                 f"{prompt[-30:]!r}, and {head[-30:]!r} stands in front of what would be learned",
                 self.replacement(),
             )
@@ -127,9 +127,8 @@ class ChatTemplate:
             return self._pieces(self._render(messages, prompt=True)[0], False, True, len(messages))
         segments = []
         before = 0
-        for text, reply, turn in (
-            self._by_markers(messages) if marks_replies(self.jinja) else self._by_prefixes(messages)
-        ):
+        parts = self._by_markers(messages) if marks_replies(self.jinja) else self._by_prefixes(messages)
+        for text, reply, turn in parts:
             if not reply:
                 train = all(message.train for message in messages[before:turn])
                 segments += self._pieces(text, False, train, turn)

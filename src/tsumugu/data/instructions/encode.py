@@ -238,8 +238,8 @@ def check_template(template: Template | ChatTemplate, name: str, tokenizer: Path
     if contract.newline == "lost" and any("\n" in segment.text for segment in segments):
         raise UserError(
             f"template {name} has newlines, which the tokenizer {tokenizer} cannot express",
-            'import it with --newline TOKEN, add one by `tsumugu tokenizer extend --tokens FILE` (a line "\\n", a tab and '
-            "text), or choose a template without newlines, such as rinna",
+            "import it with --newline TOKEN, add one by `tsumugu tokenizer extend --tokens FILE` (with a line of "
+            '"\\n", a tab and the word text), or choose a template without newlines, such as rinna',
         )
     eos = next((token for token, id in specials.items() if id == contract.eos_id), None)
     (found,) = encode_conversations([probe], template, encoder, [], contract.eos_id, "responses", specials)

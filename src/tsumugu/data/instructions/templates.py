@@ -464,7 +464,7 @@ def _from_keys(keys: dict, place: str) -> Template:
         texts = value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
         if any("\\n" in text for text in texts):
             raise UserError(f"{place}: {key} has a backslash and an n", "write it in double quotes for a newline")
-        if texts and key not in _CHOICES and (value or key in keys):
+        if texts and key not in _CHOICES and (value or key == "without_input"):
             _check_places(key, "".join(texts), place)
     if template.with_input and ("{system}" in template.with_input) != template._system_inside:
         raise UserError(
