@@ -1,5 +1,6 @@
 """Every template: its published form to the letter, stock transformers' ids and mask of it, its tokens."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,12 @@ def test_a_template_that_cannot_be_read_says_why(text: str, message: str, tmp_pa
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         find_template(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize("name", ["instruction-tuning.md", "instruction-tuning.ja.md"])
+def test_every_key_is_in_the_documentation(name: str):
+    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
+    assert [field.name for field in dataclasses.fields(Template) if f"`{field.name}`" not in text] == []
 
 
 def test_newlines_of_a_system_message_are_spelt_where_it_stands_inside_too(tokenizer_folder: Path, tmp_path: Path):
