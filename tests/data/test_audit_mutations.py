@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_the_clean_store_has_no_finding(clean: Path):
     report = audit(clean)
     assert report.findings == []
     assert report.not_checked == []
+
+
+def test_masks_are_looked_at_where_templates_cannot_be_read(clean: Path, tmp_path: Path, monkeypatch):
+    """A training machine need not have what `prepare` needs."""
+    for name in [name for name in sys.modules if name.startswith("tsumugu.data.instructions")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tsumugu.data.instructions", None)
+    report = quick_audit(open_store(clean))
+    assert report.findings == []
+    assert any("where replies begin" in line for line in report.not_checked)
+    assert "stop-not-supervised" in quick_errors(rewrite(clean, tmp_path / "store", _pad_is_eos))
 
 
 # --- masks and stop tokens -------------------------------------------------------------------------------------------

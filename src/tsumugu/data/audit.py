@@ -20,7 +20,14 @@ import numpy as np
 
 from tsumugu.data.store import Split, Store, open_store
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import Contract, check_contract, new_rows, read_contract
+from tsumugu.tokenizer.contract import (
+    Contract,
+    check_contract,
+    marks_replies,
+    new_rows,
+    read_chat_template,
+    read_contract,
+)
 
 # A defect of a program touches nearly every row; one of a few records touches a few. Above this share of the rows a
 # finding blocks, below it warns.
@@ -309,11 +316,9 @@ def _common_end(sequences: Sequence[list]) -> list:
 
 def _generation_markers(store: Store) -> bool | None:
     """Whether the chat template that the store was made with marks replies; None where there is no chat template."""
-    from tsumugu.data.instructions.chat import marks_replies, read_jinja
-
     template = store.manifest["template"]
     jinja = template.get("jinja") if isinstance(template, dict) else None
-    jinja = jinja or read_jinja(store.path / "tokenizer")
+    jinja = jinja or read_chat_template(store.path / "tokenizer")
     return None if jinja is None else marks_replies(jinja)
 
 

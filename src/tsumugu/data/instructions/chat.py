@@ -5,7 +5,6 @@ reply, with the generation prompt, and up to the end of that reply: each renderi
 and the pieces are what each one adds. Token ids are never searched.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from typing import Any, cast
 from tsumugu.data.instructions.records import Message, UnusableError
 from tsumugu.data.instructions.templates import Segment, cut
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import CHAT_TEMPLATE, special_tokens
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from tsumugu.tokenizer.contract import marks_replies, read_chat_template, special_tokens
 
 # The built-in template to take in place of one that cannot be used, by what it spells.
 _REPLACEMENTS = (
@@ -28,20 +25,6 @@ _REPLACEMENTS = (
     ("### 応答", "llm-jp"),
     ("システム: ", "rinna"),
 )
-
-
-def read_jinja(tokenizer: Path) -> str | None:
-    """The chat template in a tokenizer's folder, where there is one."""
-    file, config = tokenizer / CHAT_TEMPLATE, tokenizer / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    jinja = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    return jinja if isinstance(jinja, str) else None
-
-
-def marks_replies(jinja: str) -> bool:
-    """Whether a chat template has generation markers."""
-    return bool(_GENERATION.search(jinja))
 
 
 @dataclass(frozen=True)
@@ -70,7 +53,7 @@ class ChatTemplate:
         """
         from tsumugu.data.instructions.encode import PROBE, special_ids
 
-        jinja = read_jinja(tokenizer)
+        jinja = read_chat_template(tokenizer)
         if jinja is None:
             raise UserError(f"{tokenizer} has no chat template", "choose a built-in template, such as chatml")
         template = cls(jinja, special_tokens(tokenizer), tuple(special_ids(tokenizer)))
