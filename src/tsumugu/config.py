@@ -233,6 +233,11 @@ class PrepareConfig:
                 "remove it: the end-of-text token always follows the response, supervised",
             )
         _require_positive("prepare.max_length", self.max_length)
+        if self.too_long == "truncate_prompt" and self.train_on == "everything":
+            raise UserError(
+                "prepare.too_long is truncate_prompt with train_on everything, by which prompts are learned too",
+                "set it to split or drop, or prepare.train_on to responses",
+            )
         if self.too_long != "drop" and (self.max_length or 0) < 2:
             raise UserError(
                 f"prepare.too_long is {self.too_long}, prepare.max_length {self.max_length}", "set it to 2 or more"
