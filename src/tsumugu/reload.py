@@ -122,14 +122,17 @@ def _prompt(tokenizer: Any, messages: list[dict]) -> list[int] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _ends_at(model: Any, prompt: list[int], stop: int, device: torch.device) -> bool:
-    """Whether generation, by the folder's generation_config.json, ends with the stop token that comes second."""
+def _ends_at(model: Any, prompt: list[int], stop: int, stops: list[int], device: torch.device) -> bool:
+    """Whether generation, by the folder's generation_config.json, ends at the stop token that is made the second one."""
     from transformers import LogitsProcessor
 
     class StopSecond(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if input_ids.shape[1] == len(prompt) + 1:
-                scores = torch.full_like(scores, -torch.inf)
+            scores = scores.clone()
+            if input_ids.shape[1] == len(prompt):
+                scores[:, stops] = -torch.inf
+            elif input_ids.shape[1] == len(prompt) + 1:
+                scores.fill_(-torch.inf)
                 scores[:, stop] = 0
             return scores
 
@@ -172,7 +175,7 @@ def reload(request: dict) -> dict:
     with open(request["logits"], "wb") as file:
         for row in logits:
             np.save(file, row.numpy())
-    found["ends"] = [_ends_at(model, request["rows"][0], stop, device) for stop in request["stops"]]
+    found["ends"] = [_ends_at(model, request["rows"][0], stop, request["stops"], device) for stop in request["stops"]]
     return found
 
 
