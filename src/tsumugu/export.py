@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from tsumugu.data.instructions import find_template, jinja_of
 from tsumugu.data.instructions.encode import stop_id
 from tsumugu.errors import UserError
-from tsumugu.model import build, lora
+from tsumugu.model import build, lora, nf4
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
@@ -134,7 +134,11 @@ def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype
         )
     model = build.adapted_model(config, folder, adapters, lora.merging_dtype(dtype))
     _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
-    weight = lora.merged(model, dtype)
+    quantized = set()
+    if adapters.quantize:
+        nf4.check([], torch.device("cpu"))
+        quantized = build.quantized_names(build.meta_model(config, dtype))
+    weight = lora.merged(model, dtype, quantized)
     return lambda names: {name: weight(name) for name in names}
 
 

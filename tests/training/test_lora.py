@@ -43,7 +43,7 @@ LINEAR["qwen3"] = LINEAR["llama"]
 EMBEDDING = {"gpt_neox": "gpt_neox.embed_in", "gpt2": "transformer.wte", "llama": "model.embed_tokens"}
 EMBEDDING["qwen3"] = EMBEDDING["llama"]
 NEW = {131: [5, 9], 132: [], 133: [5, 9]}  # the last stands for the first
-MESHES = {"1": (1, 1), "shard 2": (2, 1), "replicate 2": (1, 2)}
+MESHES = {"1": (1, 1), "shard 2": (2, 1), "replicate 2": (1, 2), "2 × 2": (2, 2), "shard 4": (4, 1)}
 STEPS, WIDTH, LEARNING_RATE, DECAY, CLIP, SEED, RANK, ALPHA = 5, 24, 1e-2, 0.1, 0.3, 7, 3, 12.0
 
 
@@ -57,11 +57,16 @@ class Case(NamedTuple):
     recomputed: str = "none"
     compiled: bool = False
     targets: tuple[str, ...] | None = None
+    quantize: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The folder of its model."""
+        return f"{self.model} of 64" if self.quantize else self.model
 
 
 CASES = [
     Case("gpt_neox", "plain", "best_fit"),
-    Case("gpt_neox", "plain", "best_fit", recomputed="full", compiled=True),
     Case("gpt_neox", "extended", "pad_left", recomputed="selective"),
     Case("gpt_neox", "plain", "best_fit", "shard 2"),
     Case("gpt_neox", "extended", "best_fit", "shard 2", "full"),
@@ -70,6 +75,11 @@ CASES = [
     Case("llama", "plain", "best_fit", "replicate 2", targets=("q_proj", "v_proj")),
     Case("qwen3", "extended", "best_fit"),
     Case("qwen3", "extended", "best_fit", "shard 2", "selective"),
+    Case("gpt_neox", "plain", "best_fit", recomputed="full", compiled=True, quantize="nf4"),
+    Case("gpt_neox", "extended", "best_fit", "shard 2", quantize="nf4"),
+    Case("gpt_neox", "extended", "best_fit", "2 × 2"),
+    Case("gpt_neox", "extended", "best_fit", "shard 4", quantize="nf4"),
+    Case("llama", "extended", "best_fit", "replicate 2", "selective", targets=("q_proj",), quantize="nf4"),
 ]
 
 
@@ -90,6 +100,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     for name, tied in MODELS.items():
         stock_model(tiny_config(name, tied)).save_pretrained(folder / name)
+    for name in ("gpt_neox", "llama"):  # as NF4 needs it
+        wide = tiny_config(name, MODELS[name], hidden_size=64, intermediate_size=128)
+        stock_model(wide).save_pretrained(folder / f"{name} of 64")
     for name, new in (("plain", False), ("made", True)):
         ids, masks = documents(new)
         write_store(folder / name, ids, ids[:3], masks=masks)
@@ -141,14 +154,15 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> dict[Case, Resu
             changes = {
                 "data.packing": case.packing,
                 "train.global_batch_size": 8 if case.packing == "best_fit" else 16,
+                "train.micro_batch_size": min(4, 8 // environment.world_size),
                 "train.dtype": "float64",
                 "parallel.shard_degree": shard,
                 "parallel.replicate_degree": replicate,
                 "parallel.activation_checkpointing": case.recomputed,
                 "parallel.compile": case.compiled,
             }
-            lora = {"targets": list(case.targets)} if case.targets else {}
-            config = config_of(folder, case.model, case.store, lora, **changes)
+            lora = {"targets": list(case.targets) if case.targets else None, "quantize": case.quantize}
+            config = config_of(folder, case.base, case.store, lora, **changes)
             trainer = Trainer(config, run_dir, environment)
             start, steps = trained(trainer.model), []
             for _ in range(STEPS):
@@ -164,9 +178,11 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> dict[Case, Resu
 @pytest.fixture(scope="module")
 def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Result]:
     run_dir = tmp_path_factory.mktemp("runs")
-    alone = [case for case in CASES if case.mesh == "1"]
-    found = train_all(folder, run_dir, alone)
-    return found | run_ranks(train_all, 2, folder, run_dir, [case for case in CASES if case not in alone])[0]
+    by_size = {size: [case for case in CASES if math.prod(MESHES[case.mesh]) == size] for size in (1, 2, 4)}
+    found = train_all(folder, run_dir, by_size.pop(1))
+    for size, cases in by_size.items():
+        found |= run_ranks(train_all, size, folder, run_dir, cases)[0]
+    return found
 
 
 def base_model(folder: Path, name: str, store: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -181,8 +197,20 @@ def base_model(folder: Path, name: str, store: str, dtype: torch.dtype) -> PreTr
     return model
 
 
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes itself makes of a weight."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    held, state = quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")
+    return dequantize_4bit(held, state).to(weight.dtype)
+
+
 def with_peft(folder: Path, case: Case) -> torch.nn.Module:
-    model = base_model(folder, case.model, case.store, torch.float64)
+    model = base_model(folder, case.base, case.store, torch.float64)
+    if case.quantize:
+        for name, parameter in model.named_parameters():
+            if name.endswith(tuple(f"{part}.weight" for part in LINEAR[case.model])):
+                parameter.data = through_nf4(parameter.data)
     new = None
     if case.store == "extended":
         new = {EMBEDDING[case.model]: list(NEW)} | ({} if MODELS[case.model] else {"lm_head": list(NEW)})
@@ -249,7 +277,7 @@ def test_adapters_start_as_those_of_peft_and_alike_on_every_mesh(results: dict[C
                 assert 0.8 * bound < weight.abs().max() <= bound
                 assert abs(weight.std() * math.sqrt(3) / bound - 1) < 0.2
             if case.targets is None:
-                torch.testing.assert_close(weight, first.setdefault((case.model, name), weight), rtol=0, atol=0)
+                torch.testing.assert_close(weight, first.setdefault((case.base, name), weight), rtol=0, atol=0)
     drawn = [w for (model, name), w in first.items() if model == "gpt_neox" and "lora_A" in name]
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i] if a.shape == b.shape)
 
