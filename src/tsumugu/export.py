@@ -240,6 +240,11 @@ def _write_generation_config(
 
 def _adapter_card(adapters: lora.Adapters, config: PretrainedConfig, origin: dict) -> str:
     resize = f"\nmodel.resize_token_embeddings({config.vocab_size})" if adapters.new_rows else ""
+    imported, held, given = "", "", ""
+    if adapters.quantize:  # the adapters belong to what was made of the base, and not to the base
+        imported = ", BitsAndBytesConfig"
+        held = '\nheld = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")'
+        given = ", quantization_config=held"
     return f"""---
 library_name: peft
 base_model: {adapters.base}
@@ -255,10 +260,10 @@ Trained with tsumugu. / tsumugu で学習した LoRA アダプタです。
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{imported}
 
-tokenizer = AutoTokenizer.from_pretrained("this-folder")
-model = AutoModelForCausalLM.from_pretrained("{adapters.base}"){resize}
+tokenizer = AutoTokenizer.from_pretrained("this-folder"){held}
+model = AutoModelForCausalLM.from_pretrained("{adapters.base}"{given}){resize}
 model = PeftModel.from_pretrained(model, "this-folder")
 ```
 """

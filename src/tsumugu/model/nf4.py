@@ -21,6 +21,9 @@ from tsumugu.errors import UserError
 
 BLOCK = 64  # weights that share a scale
 
+# Where bitsandbytes is installed, peft imports it, and on some processors it tells of a kernel for inference.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def check(layers: Sequence[nn.Module], device: torch.device) -> None:
     """Raises UserError where bitsandbytes is missing or wrong on `device`, or a layer cannot be quantised.
@@ -57,8 +60,6 @@ def check(layers: Sequence[nn.Module], device: torch.device) -> None:
 
 @functools.cache
 def _table() -> torch.Tensor:
-    # a kernel for inference that it misses on some processors, and says so on the terminal
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes.functional
 
     return bitsandbytes.functional.get_4bit_type("nf4", device="cpu")
