@@ -114,9 +114,8 @@ def write_model(shape: Shape, folder: Path) -> None:
     model = build.meta_model(shape.config(), torch.bfloat16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    def random(names: list[str]) -> dict[str, torch.Tensor]:
-        shapes = {name: model.get_parameter(name).shape for name in names}
-        return {n: (0.02 * torch.randn(s, device=device, dtype=torch.bfloat16)).cpu() for n, s in shapes.items()}
+    def random(name: str) -> torch.Tensor:
+        return (0.02 * torch.randn(model.get_parameter(name).shape, device=device, dtype=torch.bfloat16)).cpu()
 
     folder.mkdir()
     _write_weights(model, random, folder)

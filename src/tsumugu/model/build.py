@@ -372,7 +372,9 @@ def find_pretrained(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors", "README.md"])
+        )
         if not any(folder.glob("model*.safetensors")):
             snapshot_download(name, allow_patterns="pytorch_model*.bin")
         return folder

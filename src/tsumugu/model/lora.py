@@ -177,12 +177,12 @@ def merged(
     layers, vocabulary = _wrappers(model)
     with unwrapped(model):
         base = model.state_dict()
+    held = {name: nf4.quantize(base.pop(name)) for name in quantized}
 
     @torch.no_grad()
     def weight(name: str) -> torch.Tensor:
-        tensor, module = base[name], name.removesuffix(".weight")
-        if name in quantized:
-            tensor = nf4.dequantize(*nf4.quantize(tensor), torch.float32)
+        module = name.removesuffix(".weight")
+        tensor = nf4.dequantize(*held[name], torch.float32) if name in held else base[name]
         tensor = tensor.to(merging_dtype(dtype))
         if module in layers and name.endswith(".weight"):
             tensor = tensor + layers[module].get_delta_weight(NAME)
