@@ -86,7 +86,8 @@ def _load(folder: str) -> tuple[Any, dict]:
     load: Any = AutoModelForCausalLM.from_pretrained
     if not (Path(folder) / "adapter_config.json").exists():
         model, info = load(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
-        return model, {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+        keys = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+        return model, keys | {"buffers": buffers(model)}
     from peft import PeftConfig, PeftModel
 
     base = load(PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype="auto", trust_remote_code=False)
@@ -96,7 +97,8 @@ def _load(folder: str) -> tuple[Any, dict]:
     rows = origin["vocab_size"]
     if rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows)
-    return PeftModel.from_pretrained(base, folder), {"missing_keys": [], "unexpected_keys": []}
+    found = {"missing_keys": [], "unexpected_keys": [], "buffers": buffers(base)}  # peft has some of its own
+    return PeftModel.from_pretrained(base, folder), found
 
 
 def _through_nf4(model: Any) -> None:
@@ -162,11 +164,11 @@ def reload(request: dict) -> dict:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model, keys = _load(request["folder"])
+    model, loaded = _load(request["folder"])
     model.eval()
     device = device_at_hand()
     found = {
-        **keys,
+        **loaded,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -175,7 +177,6 @@ def reload(request: dict) -> dict:
         },
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         "tied": is_tied(model),
-        "buffers": buffers(model),
         "config": json.loads(json.dumps(model.config.to_dict(), default=str)),
         "stops": model.generation_config.eos_token_id,
         "tokenizer": _tokenizer(request["folder"], request) if request["has_tokenizer"] else None,
