@@ -273,7 +273,7 @@ def _logits_of(subject: Subject, rows: list[list[int]]) -> tuple[list[torch.Tens
 def _prompts(subject: Subject) -> tuple[list[list[dict]], list[list[int]]]:
     """Conversations that end with a question, and the ids that each has in training."""
     template, contract, folder = subject.template, subject.contract, subject.tokenizer
-    if not template or not contract or not folder:
+    if not template or not contract or not contract.golden or not folder:
         return [], []
     first = [Message("user", "日本の首都はどこですか？"), Message("assistant", "東京です。")]
     question = Message("user", "{braces} '引用' \"符\"\n Is it large?")
