@@ -398,6 +398,11 @@ def _template_tokens(name: str, source: Path) -> list:
     from tsumugu.data.instructions.templates import Template, find_template
     from tsumugu.tokenizer.extend import Token
 
+    if name == "chat":
+        raise UserError(
+            "--template chat is the tokenizer's own chat template, which does not say what tokens it needs",
+            "name a built-in template, or list the tokens in a file: --tokens FILE",
+        )
     template = find_template(name)
     assert isinstance(template, Template)
     if missing := missing_tokens(template, source):
@@ -465,7 +470,12 @@ def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
 
     report = audit(Path(options.store), options.rows, Path(options.model) if options.model else None)
     if options.html:
-        Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+        try:
+            Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--html {options.html} cannot be written ({error.strerror})", "name another file"
+            ) from None
     if options.json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
     else:

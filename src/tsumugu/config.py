@@ -233,6 +233,11 @@ class PrepareConfig:
                 "remove it: the end-of-text token always follows the response, supervised",
             )
         _require_positive("prepare.max_length", self.max_length)
+        if self.too_long == "truncate_prompt" and self.train_on == "everything":
+            raise UserError(
+                "prepare.too_long is truncate_prompt with train_on everything, by which prompts are learned too",
+                "set it to split or drop, or prepare.train_on to responses",
+            )
         if self.too_long != "drop" and (self.max_length or 0) < 2:
             raise UserError(
                 f"prepare.too_long is {self.too_long}, prepare.max_length {self.max_length}", "set it to 2 or more"
@@ -269,12 +274,14 @@ class LoraConfig:
     """Share of an adapter's inputs that are dropped."""
     targets: list[str] | None = None
     """Linear layers by the last part of their names, such as query_key_value; default: all of the decoder."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: the frozen linear layers of the decoder are held in four bits a weight, which changes them a little."""
 
     def __post_init__(self):
         _require_positive("model.lora.rank", self.rank)
         _require_positive("model.lora.alpha", self.alpha)
         _require_share("model.lora.dropout", self.dropout)
-        if self.rank is None and (self.alpha is not None or self.dropout or self.targets is not None):
+        if self.rank is None and (self.alpha is not None or self.dropout or self.targets or self.quantize):
             raise UserError("model.lora has no rank", "set model.lora.rank, such as 16, or leave model.lora out")
         if self.targets == []:
             raise UserError("model.lora.targets is empty", "name linear layers, or leave it out for all")

@@ -27,7 +27,7 @@ from tsumugu.data.instructions.encode import stop_id
 from tsumugu.data.instructions.templates import Template
 from tsumugu.data.store import open_store, sha256
 from tsumugu.errors import UserError
-from tsumugu.model import build, lora
+from tsumugu.model import build, lora, nf4
 from tsumugu.model_card import model_card
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
@@ -132,7 +132,7 @@ def export(
     if adapters:
         lora.check_installed()
         origin |= {"adapter": adapter, "base": adapters.base, "base_sha256": adapters.base_sha256}
-        origin["vocab_size"] = config.vocab_size
+        origin |= {"vocab_size": config.vocab_size, "quantize": adapters.quantize}
     if _is_done(output, origin):
         return False
     checkpoint.check(path)
@@ -327,7 +327,11 @@ def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype
     merging = lora.merging_dtype(_DTYPES[dtype])
     model = build.adapted_model(config, folder, adapters, merging)
     _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
-    return lora.merged(model, merging)
+    quantized = set()
+    if adapters.quantize:
+        nf4.check([], torch.device("cpu"))
+        quantized = build.quantized_names(build.meta_model(config, merging))
+    return lora.merged(model, merging, quantized)
 
 
 def _load(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

@@ -203,12 +203,12 @@ class Generator:
             check_unicode(message.input, "the input")
         bos = [self.tokenizer.bos_token_id] if self.add_bos else []
         if self.template:
-            by_tokenizer = self.add_bos is None and self.tokenizer("あ")["input_ids"][:1] == [
-                self.tokenizer.bos_token_id
-            ]
-            if by_tokenizer and getattr(self.template, "jinja", None) is None:
-                bos = [self.tokenizer.bos_token_id]
-            return prompt_ids(messages, self.template, self._ids, bos, self.specials)
+            own = [self.tokenizer.bos_token_id]
+            by_tokenizer = self.add_bos is None and self.tokenizer("あ")["input_ids"][:1] == own
+            ids = prompt_ids(messages, self.template, self._ids, [], self.specials)
+            if by_tokenizer and getattr(self.template, "jinja", None) is None and ids[:1] != own:
+                bos = own
+            return [*bos, *ids]
         extra = {"an input": messages[-1].input, "a system message": messages[0].role == "system"}
         extra["a conversation"] = len(messages) > 1
         for what in (what for what, there in extra.items() if there):

@@ -164,12 +164,18 @@ def _certificate_section(certified: dict) -> str:
 
 def _usage(adapters: lora.Adapters | None, model: PreTrainedModel, origin: dict) -> str:
     names = "AutoModelForCausalLM" + (", AutoTokenizer" if origin["tokenizer"] else "")
+    quantized = adapters is not None and adapters.quantize is not None
+    names += ", BitsAndBytesConfig" if quantized else ""
     lines = ["from peft import PeftModel"] if adapters else []
     lines += [f"from transformers import {names}", ""]
     if origin["tokenizer"]:
         lines.append('tokenizer = AutoTokenizer.from_pretrained("this-folder")')
     if adapters:
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{_shown(adapters.base)}")')
+        held = ""
+        if quantized:  # the adapters belong to what was made of the base, and not to the base
+            lines.append('held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
+            held = ", quantization_config=held"
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{_shown(adapters.base)}"{held})')
         if adapters.new_rows:
             lines.append(f"model.resize_token_embeddings({model.config.vocab_size})")
         lines.append('model = PeftModel.from_pretrained(model, "this-folder")')

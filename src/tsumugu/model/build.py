@@ -5,6 +5,7 @@ with the oldest and the newest transformers that the package allows.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import pickle
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
@@ -29,7 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
-from tsumugu.model import lora
+from tsumugu.model import lora, nf4
 from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
@@ -101,9 +102,18 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"no causal language model of type {config.model_type}: {reason}", "mend its config") from None
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Of the whole model; a tied head counts once."""
-    return meta_model(config, torch.float32).num_parameters()
+def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, quantize: str | None = None) -> int:
+    """Of the whole model as it is used; a tied head counts once.
+
+    Args:
+        config: Of the model.
+        dtype: Of the computation.
+        quantize: Of `model.lora`.
+    """
+    model = meta_model(config, dtype).requires_grad_(False)
+    if quantize:
+        nf4.replace(decoder_layers(model), dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def build_model(
@@ -134,6 +144,8 @@ def build_model(
     mapping, transformers_module = get_model_conversion_mapping(model), type(model).__module__
     if adapters:
         lora.add_adapters(model, adapters, master_dtype)
+        if adapters.quantize:
+            nf4.replace(decoder_layers(model), compute_dtype)
     parallelize(model, decoder_layers(model), mesh, compute_dtype, parallel)
     # transformers takes fully_shard's class for custom code, and does not initialise what GPT-2's attention asks for
     type(model).__module__ = transformers_module
@@ -153,8 +165,7 @@ def adapted_model(
     config: PretrainedConfig, folder: Path, adapters: lora.Adapters, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A folder's model whole in this process's memory, in its own dtype, with adapters of `dtype` without values."""
-    own = read_config(str(folder)).dtype
-    model = meta_model(config, own if isinstance(own, torch.dtype) else torch.float32)
+    model = meta_model(config, own_dtype(folder))
     mapping = get_model_conversion_mapping(model)
     lora.add_adapters(model, adapters, dtype)
     model.to_empty(device="cpu")
@@ -163,6 +174,12 @@ def adapted_model(
         pretrained(folder, adapters.new_rows)(model, mapping)
         model.requires_grad_(False)  # transformers has put other parameters in their places
     return model
+
+
+def own_dtype(folder: Path) -> torch.dtype:
+    """In which a folder's model is stored, as its configuration says."""
+    own = read_config(str(folder)).dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
 
 
 def _mesh(model: PreTrainedModel) -> DeviceMesh:
@@ -260,6 +277,40 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
                 raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
 
     return fill
+
+
+def quantized(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
+    """As `pretrained`, for a model whose frozen linear layers are held in NF4, made from the folder's own dtype.
+
+    Each process reads its shards into host memory, and quantises them there layer by layer, on its device.
+    """
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        rebuild_buffers(model)
+        mesh, own = _mesh(model), own_dtype(folder)
+        device = torch.device(mesh.device_type)
+        if device.type != "cpu":
+            mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
+        config = copy.deepcopy(model.config)
+        source = build_model(config, mesh, torch.device("cpu"), own, own, pretrained(folder, new_rows))
+        for name, module in model.named_modules():
+            for key, stored in source.get_submodule(name)._parameters.items():
+                if not isinstance(stored, DTensor):
+                    continue
+                if key == "weight" and isinstance(module, nf4.Linear):
+                    nf4.fill(module, stored.to_local().to(device))
+                else:
+                    kept = module.get_parameter(key)
+                    assert isinstance(kept, DTensor)
+                    kept.to_local().detach().copy_(stored.to_local())
+
+    return fill
+
+
+def quantized_names(model: PreTrainedModel) -> set[str]:
+    """Of a model without adapters the weights that `quantized` would quantise."""
+    modules = {module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)}
+    return {f"{name}.weight" for name, module in model.named_modules() if module in modules}
 
 
 def _move_shards(model: PreTrainedModel, device: torch.device) -> None:

@@ -39,7 +39,7 @@ from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import attention, build, lora
+from tsumugu.model import attention, build, lora, nf4
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
@@ -149,7 +149,7 @@ class Trainer:
         if self.adapters:
             fill = _adapted(self.adapters, config.train.seed, saved)
         mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
-        weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize
+        weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
         parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
         self.model = build.build_model(
             self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
@@ -1007,6 +1007,8 @@ def _adapters(
     name = config.model.pretrained or (recorded or {})["base"]
     folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
     layers = build.decoder_layers(build.meta_model(model_config, torch.float32))
+    if wanted.quantize:
+        nf4.check(layers, environment.device)
     adapters = lora.Adapters(
         rank=wanted.rank,
         alpha=2 * wanted.rank if wanted.alpha is None else wanted.alpha,
@@ -1015,6 +1017,7 @@ def _adapters(
         new_rows=recorded["new_rows"] if recorded else _new_rows(config, folder),
         base=name,
         base_sha256=on_main(lambda: build.weights_sha256(folder)),
+        quantize=wanted.quantize,
     )
     if recorded and not resumed:
         if saved and on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer"))):
@@ -1033,7 +1036,8 @@ def _adapters(
 
 def _adapted(adapters: lora.Adapters, seed: int, saved: checkpoint.Whole | None):
     """Fills a model with the base's weights, and with adapters that are new or those of a checkpoint."""
-    base = build.pretrained(build.find_pretrained(adapters.base), adapters.new_rows)
+    read = build.quantized if adapters.quantize else build.pretrained
+    base = read(build.find_pretrained(adapters.base), adapters.new_rows)
     fill = build.with_adapters(base, seed)
     if saved is None:
         return fill
@@ -1047,7 +1051,9 @@ def _adapted(adapters: lora.Adapters, seed: int, saved: checkpoint.Whole | None)
 
 
 def _identity_of_adapters(adapters: lora.Adapters) -> dict:
-    values = {f"model.lora.{key}": getattr(adapters, key) for key in ("rank", "alpha", "dropout", "targets")}
+    values = {
+        f"model.lora.{key}": getattr(adapters, key) for key in ("rank", "alpha", "dropout", "targets", "quantize")
+    }
     return values | {"the base model's sha256": adapters.base_sha256}
 
 
