@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 from tsumugu import __version__
@@ -255,7 +256,7 @@ def _planned_steps(run: Run) -> int | None:
 def _parameters(run: Run) -> int | None:
     if not (run.path / "model").exists():
         return None
-    return build.count_parameters(build.read_config(str(run.path / "model")))
+    return build.meta_model(build.read_config(str(run.path / "model")), torch.float32).num_parameters()
 
 
 def _replies(run: Run, prompts: Path, max_new_tokens: int) -> dict[int, list[dict]]:
