@@ -73,7 +73,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     Args:
         config: As it is.
         memory: Of this process.
-        world_size: Processes.
+        world_size: Processes, or with parallel.tensor_degree groups of them.
     """
     parallel, found = config.parallel, []
     of_batch = memory.activations + memory.logits
