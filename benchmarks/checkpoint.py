@@ -90,7 +90,7 @@ def run_config(folder: Path, device: str, layers: int | None) -> config.Training
 
 def saver_of(trainer: Trainer, asynchronous: bool) -> Saver:
     section = dataclasses.replace(trainer.config.checkpoint, asynchronous=asynchronous)
-    saver = Saver(trainer.run_dir, trainer.group, section, keeps=lambda step: False)
+    saver = Saver(trainer.run_dir, trainer.group, section, lambda step: False, set())
     saver.open()
     return saver
 

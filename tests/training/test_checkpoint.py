@@ -131,7 +131,7 @@ def test_folders_of_other_names_are_no_checkpoints_and_are_never_deleted(copy: P
 
 def test_what_no_run_has_made_is_no_checkpoint(tmp_path: Path, made: Path):
     with process_group():
-        assert checkpoint.newest(tmp_path / "nowhere", dist.group.WORLD, report=print) is None
+        assert checkpoint.newest(tmp_path / "nowhere", dist.group.WORLD, print, set()) is None
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         train(config_of(made, **{"model.config": None, "train.start_from": str(tmp_path)}), tmp_path / "run")
 
@@ -253,7 +253,7 @@ def test_a_kill_between_any_two_lines_leaves_a_whole_checkpoint(run: Path, made:
         trainer = Trainer(config, run, environment)
 
         def save(run_dir: Path, step: int) -> None:
-            saver = Saver(run_dir, trainer.group, config.checkpoint, keeps=lambda step: False)
+            saver = Saver(run_dir, trainer.group, config.checkpoint, lambda step: False, set())
             saver.open()
             saver.save(step, trainer.model, trainer.optimizer, {"step": step})
 
@@ -270,7 +270,7 @@ def test_a_kill_between_any_two_lines_leaves_a_whole_checkpoint(run: Path, made:
         for kill in kills:
             run_dir = copy_to(str(kill))
             assert len(run_lines(lambda run_dir=run_dir: save(run_dir, 3), kill)) == kill
-            newest = checkpoint.newest(run_dir, trainer.group, report=lambda line: None)
+            newest = checkpoint.newest(run_dir, trainer.group, lambda line: None, set())
             assert newest is not None
             found.append(newest.step)
             save(run_dir, 4)

@@ -46,7 +46,7 @@ def poisoned(config, run_dir: Path, factors: dict[int, float], request: StopAfte
     with process_group() as environment:
         trainer = Poisoned(config, run_dir, environment)
         trainer.factors = factors
-        outcome = trainer.train(request or StopAfter(None))
+        outcome = trainer.train(StopAfter(None) if request is None else request)
         return outcome, {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
 
 
@@ -196,3 +196,18 @@ def test_float16_trains_and_its_overflows_are_not_applied(made: Path, tmp_path: 
     for step in (1, 2, 3):
         assert lines[step]["loss"] == pytest.approx(expected[step]["loss"], rel=2e-3)
     assert all(weight.isfinite().all() for weight in found.values())
+
+
+def test_going_back_again_and_again_ends_the_run(made: Path, tmp_path: Path):
+    """Every step after the fifth spikes: a run that has diverged is not passed over to its end."""
+    config = config_of(made, **{"guard.spike": "rewind", "checkpoint.every": 4, "guard.max_skipped": 2})
+    with pytest.raises(UserError, match="3 such steps in a row"):
+        poisoned(config, tmp_path, dict.fromkeys(range(6, 11), 100.0))
+
+
+def test_going_back_before_the_first_step_forgets_the_moments(made: Path, tmp_path: Path):
+    config = config_of(made, **{"guard.spike": "rewind"})
+    poisoned(config, tmp_path / "run", {}, StopAfter(0))
+    assert checkpoint.complete_steps(tmp_path / "run") == [0]
+    _, found = poisoned(config, tmp_path / "run", {6: 100.0})
+    assert_equal(found, without_steps(config, tmp_path / "reference", {5, 6}))

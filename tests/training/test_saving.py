@@ -123,7 +123,7 @@ def test_at_least_two_checkpoints_stay():
 def newest_of(run_dir: Path) -> int | str | None:
     with process_group():
         try:
-            found = checkpoint.newest(run_dir, torch.distributed.group.WORLD, report=lambda line: None)
+            found = checkpoint.newest(run_dir, torch.distributed.group.WORLD, lambda line: None, set())
         except UserError as error:
             return str(error)
         return found.step if found else None

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.tensor import check_plan, split
+from tsumugu.errors import UserError
 
 # Matrix products and attention, by the names of torch's operators, whichever of them this torch has.
 _KEPT = {
@@ -47,11 +48,14 @@ def parallelize(
         config: With nothing left to decide (see `distributed.paths`).
 
     Raises:
-        UserError: The model cannot be split by parallel.tensor_degree.
+        UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
+            than forward did.
     """
     if "tensor" in (mesh.mesh_dim_names or ()):
         check_plan(model, mesh["tensor"].size())
         split(model, mesh["tensor"])
+    if any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+        _check_dropout(config)
     for index, layer in enumerate(layers):
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
             layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
@@ -74,6 +78,22 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
     if config.prefetch > 1:
         _prefetch([module for module in layers if isinstance(module, FSDPModule)], config.prefetch)
+
+
+def _check_dropout(config: ParallelConfig) -> None:
+    """Refuses the two combinations that, measured on a GPU, do not repeat what attention's dropout drew.
+
+    Kept attention does not draw again, so that what follows it in an eager layer drops otherwise (gradients off by
+    31 %); and compiled full recomputation took numbers that no seed decided.
+    """
+    recomputation, compiled = config.activation_checkpointing, bool(config.compile)
+    if (recomputation, compiled) in (("selective", False), ("full", True)):
+        other = "full" if recomputation == "selective" else "selective"
+        raise UserError(
+            f"the model has dropout in attention, which parallel.activation_checkpointing {recomputation} "
+            f"{'with' if compiled else 'without'} parallel.compile does not repeat",
+            f"set parallel.activation_checkpointing {other}, or parallel.compile {str(not compiled).lower()}",
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -13,11 +13,17 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tsumugu.errors import UserError
 from tsumugu.training.checkpoint import complete_steps
+from tsumugu.training.trainer import SAVED
+
+
+def _cores() -> int:
+    """Those that this process may use: a container or a Slurm step has fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def most_processes() -> int:
     """The processes that this machine has room for: one a GPU, without GPUs one a core."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or _cores()
 
 
 _NOT_RETRIED = (2, 3)  # the input is wrong: it stays so; interrupted: as asked
@@ -43,7 +49,7 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
         devices = "GPUs" if torch.cuda.is_available() else "cores"
         raise UserError(f"--processes {count}: this machine has {most_processes()} {devices}", "use one each at most")
     # torchrun's own default is one thread a process, whatever the machine
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
     # and it kills children 30 s after it asked them to stop, whether or not their checkpoint is written
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the children say what is wrong
@@ -70,7 +76,7 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
                 flush=True,
             )
     except SignalException as error:  # the children were given time to save, and said how far they came
-        return 3 if complete_steps(run_dir) else 128 + error.sigval
+        return 3 if (run_dir / SAVED).exists() else 128 + error.sigval
     return code
 
 

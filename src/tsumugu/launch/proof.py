@@ -56,7 +56,12 @@ def prove_resume(command: Sequence[str], run_dir: Path, steps: int) -> int:
     print(f"{steps} steps, a checkpoint every {every}, killed after step {steps // 2}", flush=True)
     at = killed.kill(steps // 2)
     saved = checkpoint.complete_steps(killed.run_dir)
-    print(f"killed after step {at}; goes on from step {saved[-1] if saved else 0}", flush=True)
+    if not saved or saved[-1] == steps:
+        shutil.rmtree(scratch)
+        raise UserError(
+            f"--prove-resume {steps}: the run ended before it could be killed and resumed", "give more steps"
+        )
+    print(f"killed after step {at}; goes on from step {saved[-1]}", flush=True)
     killed.finish()
     lines = [*_compare_figures(straight.run_dir, killed.run_dir), *_compare_tensors(straight, killed, steps)]
     different = [line for same, line in lines if not same]
@@ -103,11 +108,11 @@ class _Run:
             raise self._failed(code)
 
     def kill(self, after: int) -> int:
-        """Kills all its processes once a step beyond `after` is in its metrics; the last step that is there then."""
+        """Kills all its processes once a checkpoint is complete and a step beyond `after` in the metrics; that step."""
         process = self.start()
         try:
             while process.poll() is None:
-                if self._step() > after:
+                if self._step() > after and checkpoint.complete_steps(self.run_dir):
                     break
                 time.sleep(0.002)
         finally:

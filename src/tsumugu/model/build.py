@@ -393,9 +393,15 @@ def quiet() -> Iterator[None]:
 
 def barrier_first(local_rank: int, action: Callable[[], Any]) -> Any:
     """Runs `action` on the first process of each host before the others, so that a download happens once."""
-    if local_rank != 0:
-        dist.barrier()
-    result = action()
+    result, error = None, None
     if local_rank == 0:
-        dist.barrier()
-    return result
+        try:
+            result = action()
+        except Exception as raised:  # the others must not wait for it
+            error = raised
+    errors: list = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for error in errors:
+        if error is not None:
+            raise error
+    return result if local_rank == 0 else action()

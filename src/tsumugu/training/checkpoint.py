@@ -131,18 +131,20 @@ class Whole:
         send(self.path, parts, self.group)
 
 
-def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole | None:
+def newest(run_dir: Path, group: Group, report: Callable[[str], None], damaged: set[int]) -> Whole | None:
     """The newest checkpoint whose files also have their hashes; every process calls it, and all find the same.
 
     Args:
         run_dir: The run folder, as this process sees it.
         group: The processes; those that share a storage share the work.
         report: Called on the main process with a line for every checkpoint that is damaged and passed over.
+        damaged: Steps whose checkpoints were passed over are added to it.
 
     Raises:
         UserError: There were checkpoints, and none of them is whole: starting over would write over the run.
     """
-    damaged = ""
+    fault = ""
+    unmarked = 0
     everywhere = together(group, lambda: [path.name for _, path in named(run_dir)])
     for step in sorted({int(name.removeprefix("step-")) for names in everywhere for name in names}, reverse=True):
         path = folder(run_dir, step)
@@ -151,10 +153,14 @@ def newest(run_dir: Path, group: Group, report: Callable[[str], None]) -> Whole 
             return found
         if dist.get_rank(group) == 0:
             report(f"{path} is passed over: {found}")
-        damaged = damaged or (found if found != _NO_MARKER else "")
-    if damaged:
+        damaged.add(step)
+        fault = fault or (found if found != _NO_MARKER else "")
+        unmarked += found == _NO_MARKER
+    if unmarked > 1:  # one is what a kill within the first save leaves
+        fault = fault or _NO_MARKER
+    if fault:
         raise UserError(
-            f"every checkpoint of {run_dir} is damaged, the newest: {damaged}",
+            f"every checkpoint of {run_dir} is damaged, the newest: {fault}",
             f"choose another --run-dir, or delete {run_dir / 'checkpoints'} to start this run over",
         )
     return None
@@ -244,6 +250,7 @@ def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel,
 def load_optimizer(source: Whole, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Loads the moments from a checkpoint, on any mesh; the hyperparameters stay those that the optimizer has."""
     if not any(name.startswith("optimizer.") for name in read_metadata(source.path).state_dict_metadata):
+        optimizer.state.clear()  # of before the first step
         return
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     tensors: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}

@@ -87,7 +87,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
         saved = (memory.weights + max(memory.gradients, memory.weights) + memory.moments) * (world_size - shard)
         setting = f"parallel.shard_degree {world_size}, parallel.replicate_degree 1"
         found.append(Change(setting, saved // world_size, "more communication"))
-    checkpointing = getattr(parallel, "activation_checkpointing", "none")
+    checkpointing = parallel.activation_checkpointing
     if checkpointing == "none":
         saved = round(memory.activations * (1 - _KEPT_BY_SELECTIVE))
         found.append(
@@ -101,10 +101,10 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
         found.append(
             Change("parallel.activation_checkpointing full", saved, "a second forward: about a third more work")
         )
-    if not getattr(parallel, "offload_optimizer", False):
+    if not parallel.offload_optimizer:
         saved = memory.weights + max(memory.gradients, memory.weights) + memory.moments
         found.append(Change("parallel.offload_optimizer true", saved, "the optimizer's step is taken on the host"))
-    if checkpointing != "selective" and not getattr(parallel, "offload_activations", False):
+    if checkpointing != "selective" and not parallel.offload_activations:
         cost = "they travel to the host and back"
         found.append(Change("parallel.offload_activations true", memory.activations, cost))
     if length > 1:

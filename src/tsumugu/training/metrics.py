@@ -4,6 +4,7 @@ The lines have a form that log services can read: `step 20/100  loss 2.31  learn
 figures, the word nan where a figure is not a finite number; `metric_definitions` gives the patterns.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -118,12 +119,15 @@ def _text(line: dict, keys: Sequence[str]) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line cut short by a kill is left out."""
+    """The lines of a run's metrics.jsonl; those cut short by a kill or a full disk are left out."""
     path = run_dir / METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def memory_peak_gib(device: torch.device) -> float:

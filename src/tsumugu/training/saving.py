@@ -46,10 +46,14 @@ class Saver:
         group: A gloo group of all processes, which nothing else uses while a checkpoint is written.
         config: The section of the configuration.
         keeps: Whether the checkpoint of a step stays for ever.
+        damaged: Steps whose checkpoints were found damaged, of `checkpoint.newest`; a new one is taken out of it.
     """
 
-    def __init__(self, run_dir: Path, group: Group, config: CheckpointConfig, keeps: Callable[[int], bool]):
-        self._run_dir, self._group, self._config, self._keeps = run_dir, group, config, keeps
+    def __init__(
+        self, run_dir: Path, group: Group, config: CheckpointConfig, keeps: Callable[[int], bool], damaged: set[int]
+    ):
+        self._run_dir, self._group, self._config = run_dir, group, config
+        self._keeps, self._damaged = keeps, damaged
         self._rank = dist.get_rank(group)
         self._leaders: list[int] = []
         self._buffers: dict[str, torch.Tensor] = {}
@@ -180,10 +184,11 @@ class Saver:
     def _prune(self, step: int) -> None:
         """Deletes all but the newest complete checkpoints up to `step`, the one just saved, and those kept for ever.
 
-        Later ones were passed over as damaged when the run resumed, and do not count.
+        Later ones, and those that were passed over as damaged when the run resumed, do not count.
         """
+        self._damaged.discard(step)
         steps = checkpoint.complete_steps_everywhere(self._run_dir, self._group, self.leads)
-        old = [saved for saved in steps if saved <= step][: -self._config.keep]
+        old = [saved for saved in steps if saved <= step and saved not in self._damaged][: -self._config.keep]
         paths = [checkpoint.folder(self._run_dir, saved) for saved in old if not self._keeps(saved)]
         together(self._group, lambda: [_delete(path) for path in paths if self.leads and path.exists()])
 

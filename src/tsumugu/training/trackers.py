@@ -50,7 +50,10 @@ def open_trackers(names: Sequence[str], run_dir: Path, step: int, configuration:
         UserError: A tracker that cannot be reached, or does not know the run any more.
     """
     path = run_dir / TRACKERS
-    ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() and step else {}
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")) if path.exists() and step else {}
+    except ValueError:  # cut by a full disk: the trackers begin new runs
+        ids = {}
     openers = {"tensorboard": _tensorboard, "mlflow": _mlflow, "wandb": _wandb}
     opened = {}
     for name in names:
@@ -63,7 +66,10 @@ def open_trackers(names: Sequence[str], run_dir: Path, step: int, configuration:
             ) from None
         if tracker is not None:
             opened[name] = tracker
-    path.write_text(json.dumps({name: id for name, id in ids.items() if id}), encoding="utf-8")
+    if any(ids.values()):
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_text(json.dumps({name: id for name, id in ids.items() if id}), encoding="utf-8")
+        temporary.replace(path)
     return opened
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PretrainedConfig
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tsumugu import config as configuration
 from tsumugu.config import DataConfig, ScheduleConfig, TrainingRun
@@ -42,7 +43,7 @@ from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.isolation import crossing
 from tsumugu.training.loss import summed_loss
-from tsumugu.training.metrics import Metrics, memory_peak_gib
+from tsumugu.training.metrics import Metrics, memory_peak_gib, read_metrics
 from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
 from tsumugu.training.profile import Profile
 from tsumugu.training.saving import Saver
@@ -51,6 +52,8 @@ from tsumugu.training.signals import StopRequest, stop_requests
 from tsumugu.training.storages import new_group, together
 from tsumugu.training.trackers import check_trackers, open_trackers
 from tsumugu.training.watchdog import PATIENCE, Watchdog, group_timeout, outlast
+
+SAVED = ".saved"  # in the run folder: the last start ended with a checkpoint of its last step
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
@@ -79,7 +82,7 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
             watchdog = Watchdog(hang_timeout, environment.rank)
             with watchdog.watching(), _memory_explained(config, environment):
                 trainer = Trainer(config, run_dir, environment, watchdog)
-                outlast(hang_timeout)
+                outlast(hang_timeout, trainer.group)
                 with _memory_explained(config, environment, trainer):
                     return trainer.train(request)
     except (OSError, CheckpointException) as error:
@@ -114,7 +117,8 @@ class Trainer:
         check_schedule(self.max_steps, config.schedule)
 
         self.group = new_group()
-        resumed = checkpoint.newest(run_dir, self.group, report=lambda line: print(line, flush=True))
+        self.damaged: set[int] = set()  # steps whose checkpoints are not whole
+        resumed = checkpoint.newest(run_dir, self.group, lambda line: print(line, flush=True), self.damaged)
         if not resumed and config.data.audit != "off":
             on_main(lambda: _audit(config.data, opened.stores))
         saved = resumed or (checkpoint.find(config.train.start_from, self.group) if config.train.start_from else None)
@@ -127,6 +131,7 @@ class Trainer:
             _check_branch(branched.state(), _identity(config, opened, opened.total_rows, self.model_config, dtype))
             state = _branched(branched.state(), opened)
         self.past = Past(**state["past"]) if state.get("past") else None
+        self.earlier_orders = state.get("orders", [])  # also of stores that are not read now, but may be again
         self.data = data = _Data(**vars(opened), mixture=_mixture(config, opened, self.past))
         self.identity = _identity(config, data, data.mixture.total, self.model_config, dtype)
         if resumed:
@@ -169,8 +174,9 @@ class Trainer:
         self.token_bytes[: contract.vocab_size] = torch.tensor(contract.token_bytes, device=self.device)
         self.metrics: Metrics | None = None
         self.squared_norms: torch.Tensor | None = None  # of the latest step that is logged, with train.log_norms
-        self.step_seconds, self.save_seconds = 0.0, 0.0  # of the latest ones
-        self.saver = Saver(run_dir, self.group, config.checkpoint, self._keeps)
+        self.step_seconds, self.save_seconds, self.evaluation_seconds = 0.0, 0.0, 0.0  # of the latest ones
+        self.rewinds, self.rewound_to = 0, 0  # how often the run went back to the checkpoint of this step
+        self.saver = Saver(run_dir, self.group, config.checkpoint, self._keeps, self.damaged)
 
     def _check_isolation(self, dtype: torch.dtype) -> None:
         """Refuses a model that does not keep the documents of a row apart."""
@@ -231,6 +237,7 @@ class Trainer:
             self.saver.wait()
             self._note_saved()
             self._say_mixture()
+            on_main((self.run_dir / SAVED).touch)
         finally:
             self.profile.close()
             # what has ended the run is raised; what is being written is finished
@@ -382,7 +389,8 @@ class Trainer:
         self._mark(f"waiting for the device to end step {launched.step}")
         figures, guard = launched.figures(), self.config.guard
         if figures.verdict == APPLIED:
-            self.skipped_in_a_row = 0
+            if not launched.empty:
+                self.skipped_in_a_row = 0
             return True
         if self.loss_scale and math.isfinite(figures.loss) and figures.loss_scale > 1:
             return True  # an overflow of float16, after which the scale is halved
@@ -391,15 +399,19 @@ class Trainer:
             f"step {launched.step}: {'a spike' if spike else 'not finite'}: loss {figures.loss:.6g}, gradient norm "
             f"{figures.grad_norm:.6g} ({self._whence(launched.step, figures.own_loss)})"
         )
+        back_to = self._newest() if spike and guard.spike == "rewind" else None
         self.skipped_in_a_row += 1
-        if (not spike and guard.non_finite == "stop") or self.skipped_in_a_row > guard.max_skipped:
-            many = f"; {self.skipped_in_a_row} such steps in a row" if self.skipped_in_a_row > 1 else ""
+        if back_to:
+            self.rewinds = self.rewinds + 1 if back_to.step == self.rewound_to else 1
+            self.rewound_to = back_to.step
+        in_a_row = max(self.skipped_in_a_row, self.rewinds if back_to else 0)
+        if (not spike and guard.non_finite == "stop") or in_a_row > guard.max_skipped:
+            many = f"; {in_a_row} such steps in a row" if in_a_row > 1 else ""
             raise UserError(
                 f"{message}; the step is not applied{many}",
                 "lower optimizer.learning_rate or lengthen schedule.warmup_steps, or look at those rows; "
                 f"{self.run_dir} resumes from its newest checkpoint",
             )
-        back_to = self._newest() if spike and guard.spike == "rewind" else None
         if self.metrics:
             then = f"back to step {back_to.step}, to pass over this step and the one before" if back_to else "skipped"
             self.metrics.say(f"{message}: {then}")
@@ -409,9 +421,10 @@ class Trainer:
 
     def _newest(self) -> checkpoint.Whole | None:
         """The newest checkpoint, once the one that is being written is complete."""
+        self._mark("waiting for the newest checkpoint, and reading it through", PATIENCE)
         self.saver.wait()
         self._note_saved()
-        return checkpoint.newest(self.run_dir, self.group, report=lambda line: print(line, flush=True))
+        return checkpoint.newest(self.run_dir, self.group, lambda line: print(line, flush=True), self.damaged)
 
     def _whence(self, step: int, own_loss: float) -> str:
         """The ranks whose loss is not finite (or all, where each is), and the rows of the step that they read."""
@@ -430,11 +443,17 @@ class Trainer:
         passed_over = self.passed_over | {spiked - 1, max(back_to.step, spiked - 2)}
         checkpoint.weights(back_to)(self.model, [])
         checkpoint.load_optimizer(back_to, self.model, self.optimizer)
+        in_a_row = self.skipped_in_a_row
         self._take_over(back_to.state())
         self.passed_over |= passed_over
-        if self.metrics:
-            self.metrics.close()
-            self._open_metrics()
+        self.skipped_in_a_row = in_a_row
+
+        def reopen() -> None:
+            if self.metrics:
+                self.metrics.close()
+                self._open_metrics()
+
+        on_main(reopen)
 
     @torch.no_grad()
     def evaluate(self) -> dict:
@@ -442,6 +461,7 @@ class Trainer:
 
         With several stores those of each come after those of all, in which a token of any store counts as one.
         """
+        started = time.monotonic()
         self.model.eval()
         sums = torch.zeros(len(self.data.stores), 3, dtype=torch.float64, device=self.device)
         for rows, of_store in zip(self.data.validation_rows, sums, strict=True):
@@ -460,6 +480,7 @@ class Trainer:
         if self.mixed:
             for name, of_store in zip(self.data.mixture.names, sums.tolist(), strict=True):
                 figures |= _validation_figures(f"validation/{name}/", of_store)
+        self.evaluation_seconds = time.monotonic() - started
         if self.metrics and figures:
             self.metrics.write({"step": self.step, **figures})
         return figures
@@ -483,7 +504,8 @@ class Trainer:
         mixture = self.data.mixture
         uses = mixture.uses_before(self.step * self.config.train.global_batch_size)
         read = zip(_contents(self.data.stores), mixture.seeds, uses, strict=True)
-        return [{"content": content, "seed": seed, "uses": used} for content, seed, used in read]
+        orders = [{"content": content, "seed": seed, "uses": used} for content, seed, used in read]
+        return orders + [order for order in self.earlier_orders if order["content"] not in _contents(self.data.stores)]
 
     def _note_saved(self) -> None:
         """Writes down what has become complete, once it has."""
@@ -508,7 +530,8 @@ class Trainer:
                 _write_origin(self.run_dir, self.model_config, self.data.stores[0])
             configuration.write(self.config, self.run_dir / "config.yaml")
 
-        def open_figures() -> None:
+        def open_figures() -> float:
+            (self.run_dir / SAVED).unlink(missing_ok=True)
             self._open_metrics()
             self._say_paths()
             if self.past and self.metrics:
@@ -517,10 +540,13 @@ class Trainer:
             self._write_mixture()
             self._say_mixture()
             self._say_packing()
+            if self.save_seconds or self.config.train.max_hours is None:
+                return self.save_seconds
+            return _first_save_seconds(self.run_dir, self.model)
 
         names = self.data.mixture.names
         together(self.group, lambda: write_origin() if self.saver.leads else None)
-        on_main(open_figures)
+        self.save_seconds = on_main(open_figures)
 
     def _open_metrics(self) -> None:
         redacted = configuration.redacted(dataclasses.asdict(self.config))
@@ -648,6 +674,7 @@ class Launched:
 
     def __init__(self, step: int, tokens: int, squared_lengths: int, data_seconds: float, values: torch.Tensor | None):
         self.step, self.tokens, self.squared_lengths, self.data_seconds = step, tokens, squared_lengths, data_seconds
+        self.empty = values is None
         self._values, self._ready = values, None
         if values is not None and values.is_cuda:
             self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
@@ -735,6 +762,15 @@ def planned_steps(config: TrainingRun) -> int:
     if config.train.start_state == "weights":  # else what was read before is in a checkpoint
         _mixture(config, opened, None)
     return opened.steps
+
+
+def _first_save_seconds(run_dir: Path, model: PreTrainedModel) -> float:
+    """How long a checkpoint will take: as the last one of the run did, else by 12 bytes a parameter at 100 MB/s."""
+    lines = [line for line in read_metrics(run_dir) if "checkpoint_seconds" in line]
+    if lines:
+        return lines[-1]["checkpoint_seconds"]
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    return sum(parameter.numel() for parameter in local) * 12 / 100e6
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -971,8 +1007,12 @@ def _branched(state: dict, opened: _Stores) -> dict:
         seeds=tuple(None if place is None else orders[place]["seed"] for place in places),
     )
     counted = ("rows_by_store", "tokens_by_store")
-    counts = {key: [0 if place is None else state[key][place] for place in places] for key in counted}
-    passed_over = state["passed_over"] if len(contents) == 1 and contents == before else []  # other rows stand there
+    counts = {
+        key: [0 if place is None or place >= len(state[key]) else state[key][place] for place in places]
+        for key in counted
+    }
+    same_rows = len(contents) == 1 and contents == before[:1]
+    passed_over = state["passed_over"] if same_rows else []
     return state | counts | {"past": dataclasses.asdict(past), "passed_over": passed_over}
 
 

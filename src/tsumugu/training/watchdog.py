@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import FrameType
 
 from torch._C import _distributed_c10d
-from torch.distributed import distributed_c10d
+from torch.distributed import ProcessGroup, distributed_c10d
 
 EXIT_CODE = 4
 LINGER_SECONDS = 15.0
@@ -31,12 +31,18 @@ def group_timeout(hang_timeout: float | None) -> timedelta | None:
     return None if hang_timeout is None else timedelta(seconds=PATIENCE * hang_timeout + 600)
 
 
-def outlast(hang_timeout: float | None) -> None:
-    """Gives every process group that exists that timeout: those of a mesh are made with torch's (NCCL: 10 minutes)."""
+def outlast(hang_timeout: float | None, *longer: ProcessGroup) -> None:
+    """Gives every process group that timeout, as those of a mesh are made with torch's own (NCCL: 10 minutes).
+
+    Args:
+        hang_timeout: Of the watchdog.
+        longer: Groups whose own timeout is longer, and stays.
+    """
     timeout = group_timeout(hang_timeout)
     if timeout is not None:
         for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(timeout, group)
+            if group not in longer:
+                distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class Watchdog:
