@@ -12,13 +12,14 @@ from support.models import VOCABULARY, stock_model, tiny_config
 from support.ranks import run_ranks
 from support.runs import StopAfter, figures, run_config, whole
 from support.stores import random_documents, write_store
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from tsumugu.config import MixedStore, ParallelConfig
 from tsumugu.distributed.environment import Environment, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.tensor import check_plan
 from tsumugu.errors import UserError
+from tsumugu.export import export
 from tsumugu.model import build
 from tsumugu.training.trainer import Trainer
 
@@ -33,6 +34,7 @@ COMMON = {
     "optimizer.learning_rate": 1e-2,
 }
 KINDS = ("llama", "gpt_neox")  # on a mixture, and on rows whose documents are kept apart
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
 NEW_ROWS = [(VOCABULARY - 1, [5, 6]), (VOCABULARY, [])]
 
 Tensors = dict[str, torch.Tensor]
@@ -47,6 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_store(folder / "text", train, validation)
     write_store(folder / "other", random_documents(30, seed=3), validation)
     write_store(folder / "instructions", train, validation, masks)
+    olmo = AutoConfig.for_model("olmo", vocab_size=VOCABULARY + 1, intermediate_size=64, pad_token_id=3, **SMALL)
+    olmo.save_pretrained(folder / "olmo")  # its norms have no weights
     for name in KINDS:
         tiny_config(name, tied=False, vocab_size=VOCABULARY + 1).save_pretrained(folder / name)
     stock_model(tiny_config("qwen3", tied=True, vocab_size=VOCABULARY - 1)).save_pretrained(folder / "pretrained")
@@ -55,8 +59,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trainer_of(folder: Path, kind: str, run_dir: Path, environment: Environment, changes: dict) -> Trainer:
     data = {"data.store": str(folder / "instructions"), "data.packing": "best_fit"}
-    if kind == "llama":
-        stores = [MixedStore(name=name, path=str(folder / name), weight=w) for name, w in (("text", 0.7), ("other", 0.3))]
+    if kind != "gpt_neox":
+        stores = [
+            MixedStore(name=name, path=str(folder / name), weight=w) for name, w in (("text", 0.7), ("other", 0.3))
+        ]
         data = {"data.store": None, "data.stores": stores}
     config = run_config(folder / "text", {**COMMON, **data, "model.config": str(folder / kind), **changes})
     return Trainer(config, run_dir, environment)
@@ -100,12 +106,16 @@ def on_four(folder: Path, runs: Path) -> dict:
         found["whole, loaded split"] = held(split)
         split.train(StopAfter(None))
         found["extended"] = extended(folder, 4, {"shard_degree": 2, "tensor_degree": 2})
-        trainer = trainer_of(folder, "llama", runs / "not finite", environment, SPLIT)
+        trainer = trainer_of(folder, "olmo", runs / "not finite", environment, SPLIT)
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(torch.nan)
+        before = held(trainer)
         with pytest.raises(UserError) as refused:
             trainer.train(StopAfter(None))
         found["refused"] = str(refused.value)
+        found["untouched"] = all(
+            torch.equal(whole(p), before[n]) for n, p in list(trainer.model.named_parameters())[1:]
+        )
     return found
 
 
@@ -164,8 +174,17 @@ def test_new_rows_of_a_pretrained_model_are_the_same_on_every_mesh(everywhere: l
         assert_equal(found["extended"], expected)
 
 
-def test_the_mesh_and_the_rows_of_a_fault_are_named(everywhere: list[dict]):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_split_run_is_exported_as_it_is(kind: str, everywhere: list[dict], runs: Path, tmp_path: Path):
+    export(str(runs / kind), tmp_path / "exported", dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="float32")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, everywhere[0][kind, "split"][name]), name
+
+
+def test_the_mesh_and_the_rows_of_a_fault_are_named_and_its_step_is_not_taken(everywhere: list[dict]):
     for found in everywhere:
+        assert found["untouched"]
         assert any("replicate 1 × shard 2 × tensor 2;" in line for line in found["llama", "paths"])
         rows = re.findall(r"rank \d, rows ([^;)]+)", found["refused"])
         assert len(rows) == 4
@@ -173,15 +192,13 @@ def test_the_mesh_and_the_rows_of_a_fault_are_named(everywhere: list[dict]):
         assert rows[0] != rows[2]
 
 
-MIXTRAL = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-
-
 @pytest.mark.parametrize(
     ("config", "degree", "message"),
     [
         (tiny_config("gpt2", tied=True), 2, "no plan for tensor parallelism of a gpt2 model"),
         (tiny_config("bloom", tied=True), 2, "no plan for tensor parallelism of a bloom model"),
-        (AutoConfig.for_model("mixtral", **MIXTRAL), 2, "mixtral model has moe_tp_experts, packed_colwise"),
+        (AutoConfig.for_model("gpt_oss", **SMALL), 2, "no plan for tensor parallelism of a gpt_oss model"),
+        (AutoConfig.for_model("mixtral", **SMALL), 2, "mixtral model has moe_tp_experts, packed_colwise"),
         (tiny_config("gpt_neox", False, vocab_size=132), 3, "3 does not divide the model's num_attention_heads 4"),
         (tiny_config("llama", False, vocab_size=132), 4, "4 does not divide the model's num_key_value_heads 2"),
         (tiny_config("llama", False, intermediate_size=65), 2, "2 does not divide the model's intermediate_size 65"),

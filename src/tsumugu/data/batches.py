@@ -33,7 +33,7 @@ class Share:
         if self.global_batch_size % rows:
             raise UserError(
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{self.micro_batch_size} × {self.world_size} processes",
+                f"{self.micro_batch_size} × {self.world_size} processes that read different rows",
                 f"use a multiple of {rows}, or a smaller micro batch",
             )
 

@@ -32,7 +32,11 @@ _SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory 
 
 
 def parallelize(
-    model: PreTrainedModel, layers: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, config: ParallelConfig
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    config: ParallelConfig,
 ) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 

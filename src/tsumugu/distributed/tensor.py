@@ -26,7 +26,7 @@ _HINT = "set parallel.tensor_degree to 1"
 def check_plan(model: PreTrainedModel, degree: int) -> None:
     """Raises UserError where a model cannot be split exactly, or not in so many parts."""
     config, plan = model.config, _plan(model)
-    if not plan:
+    if not any("*" in name for name in plan):  # some have one of the head alone
         raise UserError(f"transformers has no plan for tensor parallelism of a {config.model_type} model", _HINT)
     unknown = sorted(set(plan.values()) - {"colwise", "rowwise", "colwise_gather_output", _PARTIAL, _EMBEDDING})
     if unknown:
@@ -76,6 +76,8 @@ def reduce_gradients(parameters: list[tuple[nn.Parameter, bool]], mesh: DeviceMe
     of a parameter could drift apart.
     """
     gradients = [(p.grad, partial) for p, partial in parameters if p.grad is not None]
+    if not gradients:
+        return  # a model whose norms have no weights
     local = [(g.to_local() if isinstance(g, DTensor) else g, partial) for g, partial in gradients]
     flat = torch.cat([(g if partial else g / mesh.size()).flatten() for g, partial in local])
     dist.all_reduce(flat, group=mesh.get_group())

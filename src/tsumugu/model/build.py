@@ -234,9 +234,7 @@ def own_slice(whole: torch.Tensor, sharded: DTensor) -> torch.Tensor:
     It is one block also where a dimension is split twice, by shard and tensor: `distributed.tensor` sees to it that the
     latter's parts are equal. torch's `distribute_tensor` would communicate, and has known that case only lately.
     """
-    shape, offsets = compute_local_shape_and_global_offset(
-        sharded.shape, sharded.device_mesh, sharded.placements
-    )
+    shape, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
     for dimension, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
         if whole.shape[dimension] != 1 or sharded.shape[dimension] == 1:
             whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)

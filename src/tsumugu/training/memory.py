@@ -104,7 +104,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     if not parallel.offload_optimizer:
         saved = memory.weights + max(memory.gradients, memory.weights) + memory.moments
         found.append(Change("parallel.offload_optimizer true", saved, "the optimizer's step is taken on the host"))
-    if checkpointing != "selective" and not parallel.offload_activations:
+    if checkpointing != "selective" and parallel.tensor_degree == 1 and not parallel.offload_activations:
         cost = "they travel to the host and back"
         found.append(Change("parallel.offload_activations true", memory.activations, cost))
     if length > 1:
