@@ -221,7 +221,7 @@ def test_a_plan_that_leaves_out_what_stands_beside_split_heads_is_refused():
 
 
 def test_degrees_and_options_that_do_not_go_together_are_refused():
-    with pytest.raises(UserError, match="shard_degree 1 × .*replicate_degree 1 × .*tensor_degree 3 is not the world"):
+    with pytest.raises(UserError, match=r"shard_degree 1 × .*replicate_degree 1 × .*tensor_degree 3 is not the world"):
         build_mesh(ParallelConfig(tensor_degree=3), 4, "cpu")
     with pytest.raises(UserError, match="offload_activations cannot move"):
         ParallelConfig(tensor_degree=2, offload_activations=True)

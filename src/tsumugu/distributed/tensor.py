@@ -2,8 +2,8 @@
 
 A tensor group reads the same rows. Each of its processes holds some heads, some columns of the MLP and some rows of the
 vocabulary; what the plan does not name, it holds whole. The plan is the model's `tp_plan`: names of modules with * for
-numbers → names of styles. It leaves the embedding open, which is split by the vocabulary as the head is, so that both can
-be one parameter.
+numbers → names of styles. It leaves the embedding open, which is split by the vocabulary as the head is, so that both
+can be one parameter.
 """
 
 import re
@@ -72,8 +72,8 @@ def whole_parameters(model: PreTrainedModel) -> list[tuple[nn.Parameter, bool]]:
 def reduce_gradients(parameters: list[tuple[nn.Parameter, bool]], mesh: DeviceMesh) -> None:
     """Sums the partial gradients of `whole_parameters` over the tensor group, and takes the mean of the others.
 
-    Those are equal but for rounding, in which compiled kernels may differ between processes; without the mean the copies
-    of a parameter could drift apart.
+    Those are equal but for rounding, in which compiled kernels may differ between processes; without the mean the
+    copies of a parameter could drift apart.
     """
     gradients = [(p.grad, partial) for p, partial in parameters if p.grad is not None]
     if not gradients:

@@ -306,7 +306,12 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
 
 
 def _run_init_weights(model: PreTrainedModel) -> None:
+    embeddings = {module: module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in embeddings:
+        module.padding_idx = None  # transformers would zero that row of a slice that DTensor makes, a copy or an error
     model.init_weights()
+    for module, row in embeddings.items():
+        module.padding_idx = row
     for module in model.modules():  # so that it can be run again
         module.__dict__.pop("_is_hf_initialized", None)
 
