@@ -124,7 +124,7 @@ CASES = cases()
 
 
 def with_dtypes(cases: list[Case]) -> list[tuple[Case, str]]:
-    """Every case in what it is computed in: both, but where few are taken and compiling, or splitting, takes longest."""
+    """Every case in what it is computed in: both, but where few are taken and compiling or splitting takes longest."""
     few = len(CASES) < 100
     return [
         (case, d)
