@@ -1,9 +1,11 @@
-"""What tests in several folders share: a small tokenizer."""
+"""What tests in several folders share: a small tokenizer, and exports without a process for each."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tsumugu import certificate, reload
 from tsumugu.tokenizer.train import train_tokenizer
 
 _PARAGRAPHS = [
@@ -26,3 +28,12 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("shared-tokenizer") / "tokenizer"
     train_tokenizer(lambda: _PARAGRAPHS, output, vocab_size=530, reserved=4)
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reloaded_here() -> Iterator[Callable]:
+    """Exports are reloaded in this process, which saves seconds; the tests of the certificate use the real way."""
+    real = certificate._run
+    certificate._run = lambda python, asked, answer: reload.main(asked, answer)
+    yield real
+    certificate._run = real

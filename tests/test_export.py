@@ -340,7 +340,14 @@ def test_the_chat_template_gives_the_ids_of_the_prompt_in_training(
 def test_the_folder_holds_the_tokenizer_a_card_and_no_traces(trained: dict, root: Path):
     names = {path.name for path in (root / "instruct").iterdir()}
     assert names == {
-        *("model.safetensors", "config.json", "generation_config.json", "README.md", "tsumugu.json"),
+        *(
+            "model.safetensors",
+            "config.json",
+            "generation_config.json",
+            "README.md",
+            "tsumugu.json",
+            "certificate.json",
+        ),
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "contract.json", "chat_template.jinja"),
     }
     config = json.loads((root / "instruct" / "config.json").read_text())

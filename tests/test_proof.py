@@ -70,7 +70,7 @@ def test_differences_are_found_and_counted(tmp_path: Path, monkeypatch, capsys):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(proof.tempfile, "mkdtemp", lambda **_: str(tmp_path))
     monkeypatch.setattr(proof._Run, "finish", lambda _: None)
-    monkeypatch.setattr(proof._Run, "kill", lambda _, after: after + 1)
+    monkeypatch.setattr(proof._Run, "kill", lambda _, after: (after + 1, after))
     assert proof.prove_resume(["train"], tmp_path / "run", 4) == 1
     shown = capsys.readouterr().out
     assert "loss: 1 of 4 differ, by 0.25 at most" in shown

@@ -39,8 +39,12 @@ def dolly(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["rinna-3.6b", "opencalm-7b"])
-def test_instruction_tuning_on_dolly(name: str, model: Path, tokenizer_folder: Path, tmp_path: Path, capsys):
+@pytest.mark.parametrize(
+    ("name", "way"), [("rinna-3.6b", "instruct"), ("opencalm-7b", "instruct"), ("rinna-3.6b", "lora")]
+)
+def test_instruction_tuning_on_dolly(name: str, way: str, model: Path, tokenizer_folder: Path, tmp_path: Path, capsys):
+    if way == "lora":
+        pytest.importorskip("peft")
     source = {"name": "dolly-ja", "kind": "instructions", "path": str(dolly(tmp_path / "0000.parquet"))}
     tokenizer = tokenizer_folder
     if name == "rinna-3.6b":
@@ -54,9 +58,16 @@ def test_instruction_tuning_on_dolly(name: str, model: Path, tokenizer_folder: P
     assert "error" not in capsys.readouterr().out
     places = [f"--model.pretrained={model}", f"--data.store={tmp_path / 'store'}"]
     places.append(f"--tokenizer.path={tokenizer_folder}")  # the one that the model was made with
-    train = ["train", "--config", str(RECIPES / f"{name}-instruct.yaml"), "--run-dir", str(tmp_path / "run")]
+    train = ["train", "--config", str(RECIPES / f"{name}-{way}.yaml"), "--run-dir", str(tmp_path / "run")]
     assert main([*train, *places, *SHORT, "--train.global_batch_size=2"]) == 0
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "export")]) == 0
+    if way == "lora":
+        adapter = str(tmp_path / "adapter")
+        assert main(["export", str(tmp_path / "run"), "--adapter", "--output", adapter]) == 0
+    capsys.readouterr()
+    ask = ["generate", str(tmp_path / "export"), "--prompt", "3番目の質問に答えてください。"]
+    assert main([*ask, "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out
 
 
 def test_continued_pretraining_with_replay(model: Path, tokenizer_folder: Path, tmp_path: Path):

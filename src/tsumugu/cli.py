@@ -192,10 +192,20 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
-    export.add_argument("source", metavar="RUN", help="a run folder, or RUN@STEP")
-    export.add_argument("--output", required=True, metavar="DIR")
+    export.add_argument("source", nargs="?", metavar="RUN", help="a run folder, or RUN@STEP")
+    export.add_argument("--output", metavar="DIR")
     export.add_argument("--step", type=int, metavar="N", help="default: the newest checkpoint")
-    export.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    export.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 (with --adapter: float32)"
+    )
+    export.add_argument("--adapter", action="store_true", help="of a run with model.lora the adapters alone, for peft")
+    export.add_argument("--verify-with", metavar="PYTHON", help="reload it with this Python's transformers too")
+    export.add_argument("--verify", metavar="FOLDER", help="in place of exporting: check an exported folder again")
+    export.add_argument("--from-state-dict", metavar="FILE", help="in place of RUN: a state dict that torch saved")
+    export.add_argument("--model-config", metavar="FILE", help="its config.json")
+    export.add_argument("--tokenizer", metavar="DIR", help="its tokenizer, of `tsumugu tokenizer import`")
+    export.add_argument("--push-to-hub", metavar="NAME", help="upload the folder to the hub, privately")
+    export.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody")
 
     generate = command(commands, "generate", _generate, "continue or answer a prompt")
     generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
@@ -440,11 +450,59 @@ def _run_dir(options: argparse.Namespace) -> Path:
 
 
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
-    from tsumugu.export import export
+    from tsumugu import certificate
+    from tsumugu.export import CertificateError, export, export_state_dict, push_to_hub
 
-    made = export(options.source, Path(options.output), options.step, options.dtype)
-    print(f"{options.output}: {'done' if made else 'already done'}")
-    return 0
+    if sum(map(bool, (options.source, options.verify, options.from_state_dict))) != 1:
+        raise UserError("export takes one of RUN, --from-state-dict and --verify", "see `tsumugu export --help`")
+    if options.public and not options.push_to_hub:
+        raise UserError("--public goes with --push-to-hub", "give both, or neither")
+    if options.verify:
+        failures, figures = certificate.verify(Path(options.verify), options.verify_with)
+        return _show_certificate(Path(options.verify), failures, figures, "verified")
+    if not options.output:
+        raise UserError("--output is missing", "name the folder to make")
+    output = Path(options.output)
+    try:
+        if options.from_state_dict:
+            if not options.model_config:
+                raise UserError("--from-state-dict needs --model-config", "give the config.json of that model")
+            folder = Path(options.tokenizer) if options.tokenizer else None
+            dtype = options.dtype or "bfloat16"
+            made = export_state_dict(
+                Path(options.from_state_dict), options.model_config, output, dtype, folder, options.verify_with
+            )
+        else:
+            made = export(
+                options.source, output, options.step, options.dtype, options.adapter, verify_with=options.verify_with
+            )
+    except CertificateError as error:
+        return _show_certificate(error.folder, error.failures, [], "")
+    content = certificate.read(output)
+    if content["origin"].get("step") == 0:
+        print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
+    code = _show_certificate(output, [], content["verified"], "done" if made else "already done")
+    if options.push_to_hub:
+        print(push_to_hub(output, options.push_to_hub, options.public))
+    return code
+
+
+def _show_certificate(folder: Path, failures: list[str], figures: list[dict], done: str) -> int:
+    for found in figures:
+        line = f"transformers {found['transformers']}, torch {found['torch']} ({found['device']}): "
+        if "logit_difference" in found:
+            line += (
+                f"logits differ by {found['logit_difference']:.2g} at most, of {found['largest_logit']:.3g}; "
+                f"perplexity {found['perplexity']:.5g}, of the checkpoint {found['perplexity_of_checkpoint']:.5g}; "
+                f"{found['greedy_agreement_with_checkpoint']:.1%} of the greedy tokens are the checkpoint's"
+            )
+        else:
+            line += f"losses differ by {found['loss_difference']:.2g} at most; perplexity {found['perplexity']:.5g}"
+        print(line)
+    for failure in failures:
+        print(f"tsumugu: {failure}", file=sys.stderr)
+    print(f"{folder}: {'NOT what was trained' if failures else done}")
+    return 1 if failures else 0
 
 
 def _generate(options: argparse.Namespace, _flags: list[str]) -> int:

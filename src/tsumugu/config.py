@@ -258,6 +258,29 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Small trained matrices beside the linear layers of a model that stays as it is (the extra `lora`)."""
+
+    rank: int | None = None
+    """Of the matrices, such as 16; null: no adapters, every weight is trained."""
+    alpha: float | None = None
+    """The matrices' product counts alpha / rank times; default: 2 × rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that are dropped."""
+    targets: list[str] | None = None
+    """Linear layers by the last part of their names, such as query_key_value; default: all of the decoder."""
+
+    def __post_init__(self):
+        _require_positive("model.lora.rank", self.rank)
+        _require_positive("model.lora.alpha", self.alpha)
+        _require_share("model.lora.dropout", self.dropout)
+        if self.rank is None and (self.alpha is not None or self.dropout or self.targets is not None):
+            raise UserError("model.lora has no rank", "set model.lora.rank, such as 16, or leave model.lora out")
+        if self.targets == []:
+            raise UserError("model.lora.targets is empty", "name linear layers, or leave it out for all")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Where the model comes from: one of preset, pretrained, config (or train.start_from)."""
 
@@ -267,6 +290,8 @@ class ModelConfig:
     """A Hugging Face folder or hub name to start from, with its weights."""
     config: str | None = None
     """A Hugging Face config.json, or a folder that holds one, initialised from train.seed."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Trains adapters alone, beside the weights of model.pretrained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -645,6 +670,16 @@ class TrainingRun:
             raise UserError(
                 f"the model must come from one place, but {found} is set",
                 "set one of model.preset, model.pretrained, model.config, train.start_from",
+            )
+        if self.model.lora.rank is not None and (self.model.preset or self.model.config):
+            raise UserError(
+                f"model.lora is set beside model.{given[0]}, whose random weights it would leave as they are",
+                "set model.pretrained instead, or leave model.lora out",
+            )
+        if self.model.lora.rank is not None and self.parallel.tensor_degree > 1:
+            raise UserError(
+                "model.lora does not go with parallel.tensor_degree: transformers' plans do not split adapters",
+                "set parallel.tensor_degree to 1; adapters and frozen weights are sharded by parallel.shard_degree",
             )
         if len(self.data.stores) > 1 and self.train.max_epochs is not None:
             raise UserError(

@@ -1,22 +1,34 @@
-"""From a run to a Hugging Face folder: what `save_pretrained` would write, without ever holding the whole model.
+"""From a run (or a state dict) to a Hugging Face folder: what `save_pretrained` would write, without ever holding the
+whole model, and with a certificate that it is what was trained.
 
 transformers 4 reads it too: transformers 5 alone writes only `rope_parameters`, which 4.57 ignores silently, so the
 older names are written beside them.
 """
 
 import json
+import pickle
+import re
 import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from tsumugu import certificate
+from tsumugu import config as configuration
 from tsumugu.data.instructions import find_template, jinja_of
+from tsumugu.data.instructions.chat import ChatTemplate
 from tsumugu.data.instructions.encode import stop_id
+from tsumugu.data.instructions.templates import Template
+from tsumugu.data.store import open_store, sha256
 from tsumugu.errors import UserError
-from tsumugu.model import build
+from tsumugu.model import build, lora
+from tsumugu.model_card import model_card
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
 
@@ -24,96 +36,399 @@ ORIGIN = "tsumugu.json"
 MAX_FILE_BYTES = 5 * 10**9
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+_SAMPLE_ROWS = 4
+
+# What the GPT-NeoX and GPT-2 of older transformers had in their state dicts, and what is no weight.
+_OLD_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
-def export(run: str, output: Path, step: int | None = None, dtype: str = "bfloat16") -> bool:
-    """Writes the model of a checkpoint as a Hugging Face folder.
+class CertificateError(Exception):
+    """An export that is not what was trained.
+
+    Args:
+        folder: Where it was left.
+        failures: What is wrong.
+    """
+
+    def __init__(self, folder: Path, failures: list[str]):
+        self.folder, self.failures = folder, failures
+        super().__init__(f"{folder}: {'; '.join(failures)}")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported.
+
+    Attributes:
+        read: Makes, for the meta model of `config`, the function that gives its tensors by name.
+        tokenizer: The folder of its tokenizer, if it has one.
+        adapters: For an export of the adapters alone.
+        run_dir, path: Of a run: its folder, and that of the checkpoint.
+    """
+
+    config: PretrainedConfig
+    read: Callable[[PreTrainedModel], certificate.Read]
+    tokenizer: Path | None
+    contract: Contract | None
+    template: Template | ChatTemplate | None = None
+    add_bos: bool = False
+    adapters: lora.Adapters | None = None
+    run_dir: Path | None = None
+    path: Path | None = None
+
+
+def export(
+    run: str,
+    output: Path,
+    step: int | None = None,
+    dtype: str | None = None,
+    adapter: bool = False,
+    verify_with: str | None = None,
+) -> bool:
+    """Writes the model of a checkpoint as a Hugging Face folder, with its certificate.
+
+    Adapters (of a run with `model.lora`) are merged: base + alpha / rank · B A, computed in float32 and then cast. For
+    that the whole base model is read into memory, in its own dtype.
 
     Args:
         run: RUN or RUN@STEP.
         output: The folder to make; it appears when it is whole.
         step: The same as @STEP.
-        dtype: bfloat16, float16, float32 or float64.
+        dtype: bfloat16, float16, float32 or float64; default: bfloat16, of an adapter float32.
+        adapter: Writes the adapters alone, as a folder that peft loads.
+        verify_with: A further Python with transformers, to reload the folder with.
 
     Returns:
         False where `output` already is this export.
 
     Raises:
-        UserError: No such checkpoint, a damaged one, or an output folder that holds something else.
+        UserError: No such checkpoint, a damaged one, an output folder that holds something else, a base model that is
+            not the one beside which the adapters were trained, or no adapters where they are asked for.
+        CertificateError: The folder, now OUTPUT.failed, is not what was trained.
     """
+    dtype = dtype or ("float32" if adapter else "bfloat16")
     run_dir, step = checkpoint.resolve(f"{run}@{step}" if step is not None else run)
     path = checkpoint.folder(run_dir, step)
     marker = json.loads((path / checkpoint.COMPLETE).read_text(encoding="utf-8"))
     state = checkpoint.read_state(run_dir, step)
     contract = read_contract(run_dir / "tokenizer")
+    data = {key: value for key, value in state["identity"].items() if key.startswith("data.store")}
     origin = {
         "step": step,
+        "tokens_seen": state["tokens_seen"],
         "dtype": dtype,
         "checkpoint": {name: entry["sha256"] for name, entry in marker.items()},
+        "configuration": sha256(run_dir / "config.yaml"),
+        "data": data,
         "tokenizer": contract.fingerprint,
         "template": state["template"],
         "add_bos": state["add_bos"],
     }
-    if output.exists():
-        if (output / ORIGIN).exists() and json.loads((output / ORIGIN).read_text(encoding="utf-8")) == origin:
-            return False
-        raise UserError(f"{output} exists already", "choose another --output, or delete it")
+    adapters = lora.Adapters(**state["lora"]) if state.get("lora") else None
+    if adapter and adapters is None:
+        raise UserError(f"{run_dir} was trained without model.lora, and has no adapters", "export without --adapter")
+    config = build.read_config(str(run_dir / "model"))
+    build.take_special_ids(config, contract)
+    if adapters:
+        lora.check_installed()
+        origin |= {"adapter": adapter, "base": adapters.base, "base_sha256": adapters.base_sha256}
+        origin["vocab_size"] = config.vocab_size
+    if _is_done(output, origin):
+        return False
     checkpoint.check(path)
+    source = _Source(
+        config=config,
+        read=lambda model: _merged(config, adapters, path, dtype) if adapters else _stored(model, path),
+        tokenizer=run_dir / "tokenizer",
+        contract=contract,
+        template=find_template(state["template"]) if state["template"] else None,
+        add_bos=state["add_bos"],
+        adapters=adapters if adapter else None,
+        run_dir=run_dir,
+        path=path,
+    )
+    _write(source, output, origin, verify_with)
+    return True
 
+
+def export_state_dict(
+    file: Path,
+    model_config: str,
+    output: Path,
+    dtype: str,
+    tokenizer: Path | None = None,
+    verify_with: str | None = None,
+) -> bool:
+    """Writes a state dict that torch saved, such as the sample's fullmodel.pt, as a Hugging Face folder.
+
+    Args:
+        file: Of `torch.save`: names to tensors, or these under `model` or `state_dict`. Nothing else is unpickled.
+        model_config: A config.json, or a folder that has one.
+        output, dtype, verify_with: As of `export`.
+        tokenizer: The folder of its tokenizer, of `tsumugu tokenizer import`; without one the export has none.
+
+    Returns:
+        False where `output` already is this export.
+
+    Raises:
+        UserError: A file that is no state dict, or not that of the configuration.
+        CertificateError: As of `export`.
+    """
+    config = build.read_config(model_config)
+    contract = read_contract(tokenizer) if tokenizer else None
+    if contract:
+        build.take_special_ids(config, contract)
+    origin = {
+        "dtype": dtype,
+        "state_dict": sha256(file) if file.is_file() else None,
+        "configuration": json.loads(json.dumps(config.to_dict(), default=str)),
+        "tokenizer": contract.fingerprint if contract else None,
+    }
+    if _is_done(output, origin):
+        return False
+    tensors = _state_dict(file)
+    source = _Source(config, lambda model: _in_memory(model, tensors, file), tokenizer, contract)
+    _write(source, output, origin, verify_with)
+    return True
+
+
+def push_to_hub(folder: Path, name: str, public: bool) -> str:
+    """Uploads an exported folder that is as its certificate says.
+
+    Args:
+        folder: Of an export.
+        name: OWNER/NAME on the hub (HF_ENDPOINT); it is made if need be.
+        public: Else it is private.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: A folder that was changed, a repository that is public against the user's word, or the hub's refusal.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if faults := certificate.file_faults(folder) + certificate.read(folder)["failures"]:
+        raise UserError(f"{folder} is not pushed: {faults[0]}", "export again")
+    api = HfApi()
+    try:
+        api.create_repo(name, private=not public, exist_ok=True)
+        if not public and not api.repo_info(name).private:
+            raise UserError(f"{name} exists on the hub and is public", "give --public, or another name")
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}"))
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the hub refuses {name}: {reason}", "log in with `hf auth login`, or check the name") from None
+
+
+def _is_done(output: Path, origin: dict) -> bool:
+    if not output.exists():
+        return False
+    if (output / ORIGIN).exists() and json.loads((output / ORIGIN).read_text(encoding="utf-8")) == origin:
+        return True
+    raise UserError(f"{output} exists already", "choose another --output, or delete it")
+
+
+def _write(source: _Source, output: Path, origin: dict, verify_with: str | None) -> None:
+    """The folder under a hidden name, its certificate, then its own name."""
     temporary = output.with_name(f".{output.name}")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        copy_tokenizer(run_dir / "tokenizer", temporary)
-        config = build.read_config(str(run_dir / "model"))
-        build.take_special_ids(config, contract)
-        model = build.meta_model(config, _DTYPES[dtype])
-        _write_weights(model, path, temporary)
-        _write_config(model, config, dtype, temporary)
-        template = find_template(state["template"]) if state["template"] else None
-        further = [stop_id(template, temporary)] if template else []
-        _write_generation_config(config, contract, [id for id in further if id is not None], temporary)
+        config, contract, template, dtype = source.config, source.contract, source.template, _DTYPES[origin["dtype"]]
+        if source.tokenizer:
+            copy_tokenizer(source.tokenizer, temporary)
+        model = build.meta_model(config, dtype)
+        read = source.read(model)
+        own = stop_id(template, temporary) if template else None
+        stops = [*([own] if own is not None else []), *build.stop_ids(config)]
+        if source.adapters and source.path:
+            tensors = _write_adapter(build.meta_model(config, dtype), source.adapters, source.path, temporary)
+        else:
+            tensors = _write_weights(model, read, temporary)
+            _write_config(model, config, origin["dtype"], temporary)
+            _write_generation_config(config, contract, stops, temporary)
         if template:  # what it was trained with, in place of the tokenizer's own
-            (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, state["add_bos"]), encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(model, origin), encoding="utf-8")
+            (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, source.add_bos), encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        subject = certificate.Subject(
+            model=model,
+            read=read,
+            dtype=dtype,
+            tensors=tensors,
+            tokenizer=source.tokenizer,
+            contract=contract,
+            template=template,
+            add_bos=source.add_bos,
+            stops=[] if source.adapters else list(dict.fromkeys(stops)),
+            sample=_sample(source),
+            adapter=source.adapters is not None,
+        )
+        certified: dict[str, Any] = certificate.certify(temporary, subject, verify_with) | {"origin": origin}
+        card = model_card(model, origin, certified, source.run_dir, source.adapters)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        certificate.seal(temporary, certified)
+        if certified["failures"]:
+            failed = output.with_name(f"{output.name}.failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            raise CertificateError(temporary.rename(failed), certified["failures"])
         temporary.rename(output)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if checkpoint.is_disk_full(error):
             raise UserError(f"no space left to write {output}", "free space, then export again") from None
         raise
-    return True
 
 
-def _write_weights(model: PreTrainedModel, path: Path, output: Path) -> None:
-    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
-    state_dict = model.state_dict()
-    names = [name for name in state_dict if name not in build.tied_names(model)]
-    stored = checkpoint.read_metadata(path).state_dict_metadata
+def _sample(source: _Source) -> list[list[int]]:
+    """Rows of the validation data of a run (or of its training data, where it has none), if its store is at hand."""
+    if not source.run_dir or not source.contract:
+        return []
+    try:
+        config = configuration.load(configuration.TrainingRun, [str(source.run_dir / "config.yaml")])
+        store = open_store(Path(config.data.entries[0].path))
+    except (UserError, OSError):
+        return []
+    if store.fingerprint != source.contract.fingerprint:
+        return []
+    split = store.validation if store.validation.documents else store.train
+    rows = [split.document(index)[0].tolist() for index in range(min(_SAMPLE_ROWS, split.documents))]
+    return [row for row in rows if len(row) > 1]
+
+
+def _stored(model: PreTrainedModel, path: Path) -> certificate.Read:
+    """The weights as a checkpoint holds them."""
+    names = [name for name in model.state_dict() if name not in build.tied_names(model)]
+    stored: dict[str, Any] = checkpoint.read_metadata(path).state_dict_metadata
     differing = {f"model.{name}" for name in names} ^ {key for key in stored if key.startswith("model.")}
     if differing:
         raise UserError(
             f"{path}: its weights are not those of its configuration: {', '.join(sorted(differing)[:3])}",
             "export with the transformers version that it was trained with",
         )
-    groups = _file_groups(model, names)
-    weight_map, total_size = {}, 0
+
+    def read(name: str) -> torch.Tensor:
+        entry = stored[f"model.{name}"]
+        return _load({name: torch.empty(entry.size, dtype=entry.properties.dtype)}, path)[name]
+
+    return read
+
+
+def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype: str) -> certificate.Read:
+    """The weights of the base model, with the adapters of a checkpoint added."""
+    folder = build.find_pretrained(adapters.base)
+    if build.weights_sha256(folder) != adapters.base_sha256:
+        raise UserError(
+            f"{adapters.base} is not the model beside which the adapters of {path} were trained: its weights differ",
+            "put that model back in its place",
+        )
+    merging = lora.merging_dtype(_DTYPES[dtype])
+    model = build.adapted_model(config, folder, adapters, merging)
+    _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
+    return lora.merged(model, merging)
+
+
+def _load(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Fills tensors from a checkpoint, casting to the dtype of each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
+        checkpoint.load({"model": tensors}, path)
+    return tensors
+
+
+def _state_dict(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        try:
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        except RuntimeError:  # the format of before torch 1.6
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist", "check --from-state-dict") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{file} is no state dict of torch: {reason}", "save model.state_dict() with torch.save"
+        ) from None
+    for key in ("model", "state_dict", "module"):
+        content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)} if content else {}
+    if not tensors or len(tensors) != len(content):
+        raise UserError(
+            f"{file} is no state dict: not all in it are tensors", "save model.state_dict() with torch.save"
+        )
+    while all(name.startswith("module.") for name in tensors):  # of DistributedDataParallel
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _in_memory(model: PreTrainedModel, tensors: dict[str, torch.Tensor], file: Path) -> certificate.Read:
+    """The tensors of a state dict by their names in memory; it may have those, or the names on disk."""
+    wanted = model.state_dict()
+    found: dict[str, torch.Tensor] = {}
+    for name in wanted:
+        on_disk = list(build.disk_names(model, {name: wanted[name]}))
+        for alias in (name, *on_disk):
+            if alias in tensors and len(on_disk) == 1:
+                found[name] = tensors.pop(alias)
+    own = model.all_tied_weights_keys
+    missing = [name for name in wanted if name not in found and name not in own]
+    left = [name for name in tensors if not _OLD_BUFFERS.search(name)]
+    shapes = [name for name in found if found[name].shape != wanted[name].shape]
+    untied = [name for name in own if name in found and not torch.equal(found[name], found[own[name]])]
+    for names, what in (
+        (missing, "lacks"),
+        (left, "has, unlike the model of that configuration,"),
+        (shapes, "has in another shape than the configuration's"),
+        (untied, "has with values of its own, which the configuration ties:"),
+    ):
+        if names:
+            raise UserError(
+                f"{file} {what} {', '.join(sorted(names)[:3])}", "give the configuration it was trained with"
+            )
+    return lambda name: found[name]
+
+
+def _write_weights(model: PreTrainedModel, read: certificate.Read, output: Path) -> dict[str, dict]:
+    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together.
+
+    Returns:
+        What was written, by the names on disk.
+    """
+    groups = _file_groups(model, [name for name in model.state_dict() if name not in build.tied_names(model)])
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    weight_map, total_size, written = {}, 0, {}
     for number, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: torch.empty_like(state_dict[name], device="cpu") for name in group}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
-            checkpoint.load({"model": tensors}, path)  # casts to each tensor's dtype
+        tensors = {name: read(name).to(dtypes[name]) for name in group}
         for name, tensor in tensors.items():
             if tensor.dtype == torch.float16 and tensor.isinf().any():
-                raise UserError(f"{path}: {name} has values that float16 cannot hold", "use --dtype bfloat16")
-        on_disk = build.disk_names(model, tensors)
-        save_file({name: tensor.contiguous() for name, tensor in on_disk.items()}, output / file, {"format": "pt"})
+                raise UserError(f"{name} has values that float16 cannot hold", "use --dtype bfloat16")
+        on_disk = {name: tensor.contiguous() for name, tensor in build.disk_names(model, tensors).items()}
+        del tensors
+        written |= {name: certificate.describe(tensor) for name, tensor in on_disk.items()}
+        save_file(on_disk, output / file, {"format": "pt"})
         weight_map |= dict.fromkeys(on_disk, file)
         total_size += sum(tensor.nbytes for tensor in on_disk.values())
     if len(groups) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return written
+
+
+def _write_adapter(model: PreTrainedModel, adapters: lora.Adapters, path: Path, output: Path) -> dict[str, dict]:
+    """What was trained under the names that peft gives it, and peft's configuration."""
+    described = lora.peft_config(model, adapters)
+    described.inference_mode = True
+    if Path(adapters.base).is_dir():
+        described.base_model_name_or_path = str(Path(adapters.base).resolve())
+    described.save_pretrained(output)
+    lora.add_adapters(model, adapters, model.dtype)
+    parameters = lora.trained(model)
+    tensors = _load({name: torch.empty_like(p, device="cpu") for name, p in parameters.items()}, path)
+    on_disk = {f"base_model.model.{lora.disk_name(name)}": tensor for name, tensor in tensors.items()}
+    save_file(on_disk, output / "adapter_model.safetensors", {"format": "pt"})
+    return {name: certificate.describe(tensor) for name, tensor in on_disk.items()}
 
 
 def _file_groups(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
@@ -156,41 +471,18 @@ def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, 
 
 
 def _write_generation_config(
-    config: PretrainedConfig, contract: Contract, template_stops: list[int], output: Path
+    config: PretrainedConfig, contract: Contract | None, stops: list[int], output: Path
 ) -> None:
     """Stops at eos and the template's own stop token; ids that stand for no text (reserved ones, padding of the
     vocabulary) are never generated."""
-    stops = list(dict.fromkeys([*template_stops, *build.stop_ids(config)]))
-    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
+    stops = list(dict.fromkeys(stops))
+    never: set[int] = set()
+    if contract:
+        never = {id for id, size in enumerate(contract.token_bytes) if size == 0}
+        never = (never | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
     GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=stops or None,
         pad_token_id=config.pad_token_id,
         suppress_tokens=sorted(never) or None,
     ).save_pretrained(output)
-
-
-def _model_card(model: PreTrainedModel, origin: dict) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    name = origin["template"] if isinstance(origin["template"], str) else "chat_template.jinja"
-    template = f"\n- Prompt template / プロンプト: `{name}`" if origin["template"] else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {type(model).__name__}
-
-Trained with tsumugu. / tsumugu で学習したモデルです。
-
-- Parameters / パラメータ数: {parameters:,}
-- Step / ステップ: {origin["step"]}
-- dtype: {origin["dtype"]}{template}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("this-folder")
-model = AutoModelForCausalLM.from_pretrained("this-folder")
-```
-"""

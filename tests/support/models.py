@@ -1,7 +1,16 @@
 """Tiny configurations of every architecture that the project promises, and stock models of them."""
 
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.bloom import modeling_bloom
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
 VOCABULARY = 131  # odd, so that shards are uneven
 
@@ -31,3 +40,28 @@ def stock_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
+
+
+def exact_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """RMSNorm (Zhang and Sennrich, 2019), as Llama and Qwen3 have it."""
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * wide.to(hidden.dtype)
+
+
+@contextlib.contextmanager
+def exact_models() -> Iterator[None]:
+    """transformers takes some things in float32, also in float64, where they would be exact to 1e-7 alone.
+
+    BLOOM's softmax, in which also a query that is all padding would be NaN, since float64's smallest number, its mask,
+    is minus infinity in float32; and the norms of Llama and Qwen3, which a compiler rounds otherwise.
+    """
+
+    def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return F.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_bloom, "F", SimpleNamespace(**vars(F) | {"softmax": softmax}))
+        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
+        patch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
+        yield

@@ -1,6 +1,7 @@
 """Token stores from lists of ids, with a contract that fits no tokenizer: for tests in which ids have no text."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,3 +73,20 @@ def write_store(
     }
     (path / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return path
+
+
+def store_with_new_ids(source: Path, path: Path) -> Path:
+    """A copy of a store, of an extension of its tokenizer: an id for two old ones, one for all, one for the first."""
+    store = Path(shutil.copytree(source, path))
+    manifest = json.loads((store / "manifest.json").read_text())
+    contract = json.loads((store / "tokenizer" / "contract.json").read_text())
+    base = {"fingerprint": contract["fingerprint"], "vocab_size": VOCABULARY}
+    pieces = [[5, 9], [], [VOCABULARY]]
+    rows = [{"id": VOCABULARY + place, "pieces": ids} for place, ids in enumerate(pieces)]
+    (store / "tokenizer" / "extension.json").write_text(json.dumps({"bases": [base], "rows": rows}))
+    contract |= {"fingerprint": "extended", "vocab_size": VOCABULARY + 3}
+    contract["token_bytes"] += [1, 1, 1]
+    (store / "tokenizer" / "contract.json").write_text(json.dumps(contract))
+    manifest["tokenizer"]["fingerprint"] = "extended"
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    return store

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from support.models import VOCABULARY
 from support.ranks import run_ranks
 from support.runs import StopAfter, figures, run_config, whole
+from support.stores import store_with_new_ids
 
 from tsumugu.distributed.environment import on_main, process_group
 from tsumugu.errors import UserError
@@ -158,23 +159,6 @@ def test_start_from_takes_the_weights_alone(run: Path, made: Path, tmp_path: Pat
             start(f"{run}@{wanted}")
 
 
-def store_with_new_ids(made: Path, path: Path) -> Path:
-    """The text store, of an extension of its tokenizer: an id for two old ones, one for all, and one for the first."""
-    store = Path(shutil.copytree(made / "text", path))
-    manifest = json.loads((store / "manifest.json").read_text())
-    contract = json.loads((store / "tokenizer" / "contract.json").read_text())
-    base = {"fingerprint": contract["fingerprint"], "vocab_size": VOCABULARY}
-    pieces = [[5, 9], [], [VOCABULARY]]
-    rows = [{"id": VOCABULARY + place, "pieces": ids} for place, ids in enumerate(pieces)]
-    (store / "tokenizer" / "extension.json").write_text(json.dumps({"bases": [base], "rows": rows}))
-    contract |= {"fingerprint": "extended", "vocab_size": VOCABULARY + 3}
-    contract["token_bytes"] += [1, 1, 1]
-    (store / "tokenizer" / "contract.json").write_text(json.dumps(contract))
-    manifest["tokenizer"]["fingerprint"] = "extended"
-    (store / "manifest.json").write_text(json.dumps(manifest))
-    return store
-
-
 def start_extended(store: Path, run: Path, run_dir: Path) -> dict[str, torch.Tensor]:
     config = run_config(store, {**COMMON, "train.max_steps": 2, "train.start_from": str(run)})
     weights = loaded(config, run_dir)[1]
@@ -186,7 +170,7 @@ def start_extended(store: Path, run: Path, run_dir: Path) -> dict[str, torch.Ten
 def test_start_from_a_run_whose_tokenizer_was_extended_gives_new_rows_their_means(
     run: Path, made: Path, tmp_path: Path
 ):
-    store = store_with_new_ids(made, tmp_path / "store")
+    store = store_with_new_ids(made / "text", tmp_path / "store")
     _, old, _ = loaded(config_of(made), run)
     alone = start_extended(store, run, tmp_path / "alone")
     for found in (alone, *run_ranks(start_extended, 2, store, run, tmp_path / "two")):

@@ -6,28 +6,22 @@ number, and torch's AdamW in its plainest form.
 A run of the suite takes cases in which every two choices meet; `make equivalence` takes all of them.
 """
 
-import contextlib
 import itertools
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import VOCABULARY, stock_model, tiny_config
+from support.models import VOCABULARY, exact_models, stock_model, tiny_config
 from support.ranks import run_ranks
 from support.runs import run_config, whole
 from support.stores import random_documents, write_store
 from transformers import AutoModelForCausalLM
-from transformers.models.bloom import modeling_bloom
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3 import modeling_qwen3
 
 from tsumugu.data.sampler import row_at
 from tsumugu.distributed.environment import process_group
@@ -137,31 +131,6 @@ def with_dtypes(cases: list[Case]) -> list[tuple[Case, str]]:
 STEPS, BATCH, WIDTH, ROWS, SEED = 5, 16, 16, 70, 7
 LEARNING_RATE, FLOOR, WARMUP, DECAY, CLIP = 1e-2, 1e-3, 2, 0.1, 0.8
 SKIPPED_STEP = 2
-
-
-def exact_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """RMSNorm (Zhang and Sennrich, 2019), as Llama and Qwen3 have it."""
-    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-    return self.weight * wide.to(hidden.dtype)
-
-
-@contextlib.contextmanager
-def exact_models() -> Iterator[None]:
-    """transformers takes some things in float32, also in float64, where they would be exact to 1e-7 alone.
-
-    BLOOM's softmax, in which also a query that is all padding would be NaN, since float64's smallest number, its mask,
-    is minus infinity in float32; and the norms of Llama and Qwen3, which a compiler rounds otherwise.
-    """
-
-    def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
-        return F.softmax(scores, dim, dtype=torch.promote_types(scores.dtype, dtype))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling_bloom, "F", SimpleNamespace(**vars(F) | {"softmax": softmax}))
-        patch.setattr(modeling_llama.LlamaRMSNorm, "forward", exact_norm)
-        patch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", exact_norm)
-        yield
 
 
 @dataclass

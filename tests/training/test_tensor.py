@@ -14,7 +14,7 @@ from support.runs import StopAfter, figures, run_config, whole
 from support.stores import random_documents, write_store
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from tsumugu.config import MixedStore, ParallelConfig
+from tsumugu.config import LoraConfig, MixedStore, ParallelConfig
 from tsumugu.distributed.environment import Environment, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.tensor import check_plan
@@ -225,3 +225,5 @@ def test_degrees_and_options_that_do_not_go_together_are_refused():
         build_mesh(ParallelConfig(tensor_degree=3), 4, "cpu")
     with pytest.raises(UserError, match="offload_activations cannot move"):
         ParallelConfig(tensor_degree=2, offload_activations=True)
+    with pytest.raises(UserError, match=r"model\.lora does not go with parallel\.tensor_degree"):
+        run_config(Path("store"), {"model.pretrained": "model", "model.lora": LoraConfig(rank=2), **SPLIT})

@@ -40,7 +40,8 @@ def parallelize(
 ) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 
-    Parameters keep their dtype (the master weights); they are gathered in `compute_dtype`. Gradients are reduced in
+    Parameters keep their dtype (the master weights); they are gathered in `compute_dtype`. Frozen ones may have another
+    dtype than those that are trained. Gradients are reduced in
     the parameters' dtype as plain sums: the loss is already divided by the global token count, gloo has no
     pre-multiplied sum, and NCCL's rounds in bf16.
 
@@ -68,7 +69,7 @@ def parallelize(
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
 
-    master_dtype = next(model.parameters()).dtype
+    master_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype
     )

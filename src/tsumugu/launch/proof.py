@@ -54,14 +54,8 @@ def prove_resume(command: Sequence[str], run_dir: Path, steps: int) -> int:
     print(f"{steps} steps straight", flush=True)
     straight.finish()
     print(f"{steps} steps, a checkpoint every {every}, killed after step {steps // 2}", flush=True)
-    at = killed.kill(steps // 2)
-    saved = checkpoint.complete_steps(killed.run_dir)
-    if not saved or saved[-1] == steps:
-        shutil.rmtree(scratch)
-        raise UserError(
-            f"--prove-resume {steps}: the run ended before it could be killed and resumed", "give more steps"
-        )
-    print(f"killed after step {at}; goes on from step {saved[-1]}", flush=True)
+    at, back_to = killed.kill(steps // 2)
+    print(f"killed after step {at}; goes on from step {back_to}", flush=True)
     killed.finish()
     lines = [*_compare_figures(straight.run_dir, killed.run_dir), *_compare_tensors(straight, killed, steps)]
     different = [line for same, line in lines if not same]
@@ -107,8 +101,12 @@ class _Run:
         if code not in (0, 3) or self.steps not in checkpoint.complete_steps(self.run_dir):
             raise self._failed(code)
 
-    def kill(self, after: int) -> int:
-        """Kills all its processes once a checkpoint is complete and a step beyond `after` in the metrics; that step."""
+    def kill(self, after: int) -> tuple[int, int]:
+        """Kills all its processes once a checkpoint is complete and a step beyond `after` in the metrics.
+
+        Returns:
+            The last step in the metrics, and that of the newest checkpoint.
+        """
         process = self.start()
         try:
             while process.poll() is None:
@@ -117,13 +115,14 @@ class _Run:
                 time.sleep(0.002)
         finally:
             _kill(process)
-        if process.returncode in (0, 3):
+        saved = checkpoint.complete_steps(self.run_dir)
+        if process.returncode in (0, 3) or saved[-1:] == [self.steps]:
             raise UserError(
                 f"the run had taken its {self.steps} steps before it could be killed", "give --prove-resume more steps"
             )
-        if self._step() <= after:
+        if self._step() <= after or not saved:
             raise self._failed(process.returncode)
-        return self._step()
+        return self._step(), saved[-1]
 
     def _step(self) -> int:
         return max((line["step"] for line in read_metrics(self.run_dir)), default=0)

@@ -5,6 +5,7 @@ with the oldest and the newest transformers that the package allows.
 """
 
 import contextlib
+import hashlib
 import json
 import pickle
 import zipfile
@@ -29,6 +30,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
+from tsumugu.model import lora
+from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
 
@@ -90,6 +93,7 @@ def build_model(
     compute_dtype: torch.dtype,
     fill: Callable[[PreTrainedModel, list], None],
     parallel: ParallelConfig | None = None,
+    adapters: lora.Adapters | None = None,
 ) -> PreTrainedModel:
     """A sharded model whose parameters `fill` sets.
 
@@ -102,10 +106,13 @@ def build_model(
         fill: `initialised(seed)`, `pretrained(folder)`, or a function that loads a checkpoint; it is given the model
             and transformers' conversion mapping, taken before sharding renames the classes by which it is found.
         parallel: With nothing left to decide (see `distributed.paths`).
+        adapters: What is trained, in `master_dtype`, beside weights that stay as they are, in `compute_dtype`.
     """
     parallel = parallel or ParallelConfig()
-    model = meta_model(config, master_dtype)
+    model = meta_model(config, compute_dtype if adapters else master_dtype)
     mapping, transformers_module = get_model_conversion_mapping(model), type(model).__module__
+    if adapters:
+        lora.add_adapters(model, adapters, master_dtype)
     parallelize(model, decoder_layers(model), mesh, compute_dtype, parallel)
     # transformers takes fully_shard's class for custom code, and does not initialise what GPT-2's attention asks for
     type(model).__module__ = transformers_module
@@ -115,8 +122,25 @@ def build_model(
             module._buffers |= {name: b.to(device) for name, b in module._buffers.items() if b is not None}
     else:
         model.to_empty(device=device)
-    model.tie_weights()
+    with lora.unwrapped(model):
+        model.tie_weights()
     fill(model, mapping)
+    return model
+
+
+def adapted_model(
+    config: PretrainedConfig, folder: Path, adapters: lora.Adapters, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A folder's model whole in this process's memory, in its own dtype, with adapters of `dtype` without values."""
+    own = read_config(str(folder)).dtype
+    model = meta_model(config, own if isinstance(own, torch.dtype) else torch.float32)
+    mapping = get_model_conversion_mapping(model)
+    lora.add_adapters(model, adapters, dtype)
+    model.to_empty(device="cpu")
+    with lora.unwrapped(model):
+        model.tie_weights()
+        pretrained(folder, adapters.new_rows)(model, mapping)
+        model.requires_grad_(False)  # transformers has put other parameters in their places
     return model
 
 
@@ -152,7 +176,25 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     return fill
 
 
-NewRows = Sequence[tuple[int, Sequence[int]]]
+def with_adapters(base: Callable[[PreTrainedModel, list], None], seed: int) -> Callable[[PreTrainedModel, list], None]:
+    """Fills a model that has adapters: its frozen weights by `base`, adapters as a function of the seed alone.
+
+    New rows of the vocabulary begin as those of the frozen weights.
+    """
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        with lora.unwrapped(model):
+            base(model, mapping)
+        on_gpu = _mesh(model).device_type == "cuda"
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
+            torch.manual_seed(seed)
+            lora.reset(model)
+        for frozen, rows, ids in lora.new_rows(model):
+            assert isinstance(frozen, DTensor)
+            local = frozen.to_local().detach().to(frozen.device_mesh.device_type)  # also where it is on the host
+            place(DTensor(local, frozen._spec, requires_grad=False).full_tensor()[ids], rows)
+
+    return fill
 
 
 def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
@@ -168,15 +210,15 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
     """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
+        device = next(model.parameters()).device
         rebuild_buffers(model)
         tied = tied_names(model)
         with _weights(folder) as state_dict, quiet():
             if new_rows:
                 state_dict |= _grown(model, state_dict, dict(new_rows))
-            load_config = LoadStateDictConfig(
-                device_map={"": next(model.parameters()).device}, weight_mapping=mapping, dtype=model.dtype
-            )
+            load_config = LoadStateDictConfig(device_map={"": device}, weight_mapping=mapping, dtype=model.dtype)
             report, _ = convert_and_load_state_dict_in_model(model, state_dict, load_config)
+            _move_shards(model, device)
             model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(report)
         faults = {
@@ -186,8 +228,10 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
             "not convertible": set(report.conversion_errors),
             "tied by the config, yet of other values": tied - tied_names(model),  # transformers unties them
         }
-        everywhere: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, faults)  # a shape can differ on one process's slice alone
+        everywhere: list = [faults]
+        if dist.is_initialized():
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, faults)  # a shape can differ on one process's slice alone
         for fault in faults:
             keys = sorted(set().union(*(faults[fault] for faults in everywhere)))
             if keys:
@@ -195,6 +239,16 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
                 raise UserError(f"{folder}: weights {fault}: {shown}", "the folder is not a checkpoint of its config")
 
     return fill
+
+
+def _move_shards(model: PreTrainedModel, device: torch.device) -> None:
+    """Puts shards where they were: transformers makes them on the device of the mesh, also those that are offloaded."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor) and parameter.to_local().device.type != device.type:
+                local = parameter.to_local().detach().to(device)
+                moved = DTensor(local, parameter._spec, requires_grad=False)
+                module._parameters[name] = nn.Parameter(moved, requires_grad=parameter.requires_grad)
 
 
 def _grown(model: PreTrainedModel, state_dict: dict[str, Any], new_rows: dict[int, Sequence[int]]) -> dict[str, Any]:
@@ -279,13 +333,24 @@ def find_pretrained(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors"]))
+        folder = Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "model*.safetensors", "README.md"])
+        )
         if not any(folder.glob("model*.safetensors")):
             snapshot_download(name, allow_patterns="pytorch_model*.bin")
         return folder
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"model.pretrained {name}: no such folder, nor on the hub: {reason}", "check it") from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the contents of a folder's weight files, whatever their names; it reads them whole."""
+    digests = []
+    for file in _weight_files(folder):
+        with open(file, "rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").digest())
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def disk_names(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

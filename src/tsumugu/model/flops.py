@@ -1,8 +1,8 @@
 """Floating-point operations of training, and the devices' peaks.
 
 The convention is torchtitan's: 6 N, where N leaves out the input embedding, plus 12 · layers · hidden · sequence for
-attention, whether or not it is causal (hidden: heads × head size, which in Qwen3 is not the hidden size). Recomputation
-does not count.
+attention, whether or not it is causal (hidden: heads × head size, which in Qwen3 is not the hidden size). Of a frozen
+weight, which needs no gradient, it is 4. Recomputation does not count.
 """
 
 import torch
@@ -23,13 +23,14 @@ _PEAKS = {
 
 def flops(model: PreTrainedModel, tokens: int, squared_lengths: int) -> int:
     """FLOPs of forward and backward over rows with `tokens` inputs in all, and the sum of their squared lengths."""
-    parameters = sum(p.numel() for p in model.parameters())
+    weights = {parameter: 6 if parameter.requires_grad else 4 for parameter in model.parameters()}
     if not model.config.tie_word_embeddings:
-        parameters -= sum(p.numel() for p in model.get_input_embeddings().parameters())
+        for parameter in model.get_input_embeddings().parameters():
+            del weights[parameter]
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_size * squared_lengths
-    return 6 * parameters * tokens + attention
+    return sum(each * parameter.numel() for parameter, each in weights.items()) * tokens + attention
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from tsumugu.data.store import sha256
 from tsumugu.errors import UserError
+from tsumugu.model import lora
 from tsumugu.model.build import NewRows, grown, place, rebuild_buffers, tied_names, vocabulary_names
 from tsumugu.training.storages import Group, Part, find_sharing, flush, received, send, together
 
@@ -228,13 +229,16 @@ def load(tensors: dict[str, Any], source: Whole | Path) -> None:
 def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model (see `model.build.build_model`) from the weights of a checkpoint, on any mesh.
 
+    Of a model that has adapters, it fills what is trained; the frozen weights stay as they are.
+
     Args:
         source: The checkpoint.
         new_rows: Rows of the vocabulary that it lacks, as for `model.build.pretrained`.
     """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
-        rebuild_buffers(model)
+        with lora.unwrapped(model):
+            rebuild_buffers(model)
         state = _model_state(model)
         vocabulary = vocabulary_names(model) & state.keys() if new_rows else set()
         stored: dict[str, Any] = read_metadata(source.path).state_dict_metadata if vocabulary else {}
@@ -242,7 +246,8 @@ def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel,
         load({"model": state | whole}, source)
         for name, tensor in whole.items():
             place(grown(tensor, len(state[name]), new_rows), state[name])
-        model.tie_weights()
+        with lora.unwrapped(model):
+            model.tie_weights()
 
     return fill
 
@@ -412,6 +417,10 @@ def _fault(file: Path, entry: dict[str, Any]) -> str | None:
 
 
 def _model_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors of a model that a checkpoint holds: where it has adapters, what is trained alone."""
+    if lora.is_adapted(model):
+        trained = lora.trained(model)
+        return {name: tensor for name, tensor in model.state_dict().items() if name in trained}
     tied = tied_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 

@@ -32,10 +32,11 @@ def squared_norms(model: PreTrainedModel) -> torch.Tensor:
     Every process calls it, between backward and `zero_grad`; it does not wait for the device.
     """
     of_parts = parts(model).values()
+    none = torch.zeros((), device=next(model.parameters()).device)  # the gradient of a part that is frozen
     sums = torch.stack(
         [
             torch.stack([_own_shares(part) for part in of_parts]),
-            torch.stack([_own_shares([p.grad for p in part if p.grad is not None]) for part in of_parts]),
+            torch.stack([_own_shares([p.grad for p in part if p.grad is not None] or [none]) for part in of_parts]),
         ]
     )
     dist.all_reduce(sums)

@@ -35,7 +35,7 @@ from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import attention, build
+from tsumugu.model import attention, build, lora
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
@@ -123,17 +123,19 @@ class Trainer:
             on_main(lambda: _audit(config.data, opened.stores))
         saved = resumed or (checkpoint.find(config.train.start_from, self.group) if config.train.start_from else None)
         self.model_config = _model_config(config, contract, environment, saved, resumed is not None)
+        self.adapters = _adapters(config, self.model_config, environment, saved, resumed is not None)
         processor = on_main(lambda: paths.this_device(self.device))
         dtype = paths.compute_dtype(config.train.dtype, processor)
         branched = saved if saved and not resumed and config.train.start_state == "full" else None
         state = resumed.state() if resumed else {}
         if branched:
-            _check_branch(branched.state(), _identity(config, opened, opened.total_rows, self.model_config, dtype))
+            identity = _identity(config, opened, opened.total_rows, self.model_config, dtype, self.adapters)
+            _check_branch(branched.state(), identity)
             state = _branched(branched.state(), opened)
         self.past = Past(**state["past"]) if state.get("past") else None
         self.earlier_orders = state.get("orders", [])  # also of stores that are not read now, but may be again
         self.data = data = _Data(**vars(opened), mixture=_mixture(config, opened, self.past))
-        self.identity = _identity(config, data, data.mixture.total, self.model_config, dtype)
+        self.identity = _identity(config, data, data.mixture.total, self.model_config, dtype, self.adapters)
         if resumed:
             _check_identity(state, self.identity, resumed)
         self.resumed = resumed is not None
@@ -141,10 +143,12 @@ class Trainer:
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         new = [] if saved is None or resumed else on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer")))
         fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
+        if self.adapters:
+            fill = _adapted(self.adapters, config.train.seed, saved)
         weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize // self.tensor_degree
         parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
         self.model = build.build_model(
-            self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel
+            self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
         )
         self.paths = paths.describe(
             asked=config.parallel,
@@ -493,6 +497,7 @@ class Trainer:
             "add_bos": self.data.stores[0].manifest["add_bos"],
             "identity": self.identity,
             "past": dataclasses.asdict(self.past) if self.past else None,
+            "lora": dataclasses.asdict(self.adapters) if self.adapters else None,
             "orders": self._orders(),
         }
         self.saver.save(self.step, self.model, self.optimizer, state)
@@ -957,7 +962,85 @@ def _starting_weights(config: TrainingRun):
     return build.initialised(config.train.seed)
 
 
-def _identity(config: TrainingRun, data: _Stores, rows: int, model_config: PretrainedConfig, dtype: str) -> dict:
+def _adapters(
+    config: TrainingRun,
+    model_config: PretrainedConfig,
+    environment: Environment,
+    saved: checkpoint.Whole | None,
+    resumed: bool,
+) -> lora.Adapters | None:
+    """The adapters that are trained, if any, with the base model that they stand beside.
+
+    `saved` is the checkpoint that the weights come from, if they do; `resumed` says whether it is the run's own.
+    """
+    wanted, recorded = config.model.lora, saved.state().get("lora") if saved else None
+    if saved and bool(recorded) != (wanted.rank is not None):
+        without, name = "with" if recorded else "without", config.train.start_from
+        if resumed:
+            problem = f"{saved.run_dir} holds a checkpoint of another run: one {without} model.lora"
+            raise UserError(problem, "set it back to resume, or choose another --run-dir")
+        raise UserError(
+            f"train.start_from {name} was trained {without} model.lora, and this run is not",
+            f"`tsumugu export {name}`, and set model.pretrained to the folder in place of train.start_from",
+        )
+    if wanted.rank is None:
+        return None
+    lora.check_installed()
+    name = config.model.pretrained or (recorded or {})["base"]
+    folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
+    layers = build.decoder_layers(build.meta_model(model_config, torch.float32))
+    adapters = lora.Adapters(
+        rank=wanted.rank,
+        alpha=2 * wanted.rank if wanted.alpha is None else wanted.alpha,
+        dropout=wanted.dropout,
+        targets=lora.find_targets(layers, wanted.targets),
+        new_rows=recorded["new_rows"] if recorded else _new_rows(config, folder),
+        base=name,
+        base_sha256=on_main(lambda: build.weights_sha256(folder)),
+    )
+    if recorded and not resumed:
+        if saved and on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer"))):
+            raise UserError(
+                f"the store's tokenizer has more ids than that of train.start_from {config.train.start_from}",
+                "export that run merged, and set model.pretrained to the folder instead",
+            )
+        own = _identity_of_adapters(lora.Adapters(**recorded))
+        for change in _changes(own, _identity_of_adapters(adapters)).values():
+            raise UserError(
+                f"train.start_from {config.train.start_from} has other adapters: {change}",
+                "set it back, or export that run merged and set model.pretrained to the folder instead",
+            )
+    return adapters
+
+
+def _adapted(adapters: lora.Adapters, seed: int, saved: checkpoint.Whole | None):
+    """Fills a model with the base's weights, and with adapters that are new or those of a checkpoint."""
+    base = build.pretrained(build.find_pretrained(adapters.base), adapters.new_rows)
+    fill = build.with_adapters(base, seed)
+    if saved is None:
+        return fill
+    trained = checkpoint.weights(saved)
+
+    def fill_all(model: PreTrainedModel, mapping: list) -> None:
+        fill(model, mapping)
+        trained(model, mapping)
+
+    return fill_all
+
+
+def _identity_of_adapters(adapters: lora.Adapters) -> dict:
+    values = {f"model.lora.{key}": getattr(adapters, key) for key in ("rank", "alpha", "dropout", "targets")}
+    return values | {"the base model's sha256": adapters.base_sha256}
+
+
+def _identity(
+    config: TrainingRun,
+    data: _Stores,
+    rows: int,
+    model_config: PretrainedConfig,
+    dtype: str,
+    adapters: lora.Adapters | None,
+) -> dict:
     """What must not change when a run is resumed: everything that its numbers depend on, but for the mesh."""
     volatile = ("transformers_version", "_name_or_path", "dtype", "architectures")
     shape = {key: value for key, value in model_config.to_dict().items() if key not in volatile}
@@ -973,6 +1056,7 @@ def _identity(config: TrainingRun, data: _Stores, rows: int, model_config: Pretr
         "train.dtype": dtype,
         **{f"optimizer.{key}": value for key, value in dataclasses.asdict(config.optimizer).items()},
         **{f"schedule.{key}": value for key, value in dataclasses.asdict(config.schedule).items()},
+        **(_identity_of_adapters(adapters) if adapters else {}),
         **{f"the model's {key}": value for key, value in json.loads(json.dumps(shape, default=str)).items()},
     }
 
