@@ -56,7 +56,8 @@ def parallelize(
         UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
             than forward did.
     """
-    if "tensor" in (mesh.mesh_dim_names or ()):
+    split_by_tensor = "tensor" in (mesh.mesh_dim_names or ())
+    if split_by_tensor:
         check_plan(model, mesh["tensor"].size())
         split(model, mesh["tensor"])
     if any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
@@ -65,7 +66,8 @@ def parallelize(
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
             layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
-            layer.forward = torch.compile(layer.forward)
+            # for a split layer with changing sizes torch 2.13's compiler does not come to an end
+            layer.forward = torch.compile(layer.forward, dynamic=False if split_by_tensor else None)
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
 

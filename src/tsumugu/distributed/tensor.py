@@ -7,6 +7,7 @@ can be one parameter.
 """
 
 import re
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,8 @@ def check_plan(model: PreTrainedModel, degree: int) -> None:
 
 def split(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Splits a model, checked and on the meta device, over a mesh of one axis, before anything wraps its modules."""
+    # the gathered logits, which nothing changes in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for name, style in _plan(model).items():
         for module in _named(model, name):
             if (parallel := _style(style)) is not None:
