@@ -31,7 +31,7 @@ from tsumugu.data.instructions.encode import special_ids
 from tsumugu.data.instructions.templates import EOS, Template
 from tsumugu.errors import UserError
 from tsumugu.model import build
-from tsumugu.reload import buffers, computing_in_float32, device_at_hand, is_tied, real_logits
+from tsumugu.reload import buffers, computing_in_float32, device_at_hand, is_tied, real_logits, vocabulary_sha256
 from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
 
@@ -104,7 +104,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
         The certificate, without its list of files: `seal` adds that. Its `failures` are empty where all is well.
     """
     expected, trained, rounded = _expected(subject)
-    failures = _tensor_faults(folder, subject.tensors)
+    failures = [*_tensor_faults(folder, subject.tensors), *_tokenizer_faults(folder, expected)]
     verified: list[dict] = []
     for interpreter in [sys.executable, *([python] if python else [])]:
         try:
@@ -179,6 +179,7 @@ def verify(folder: Path, python: str | None = None) -> tuple[list[str], list[dic
     """
     certificate = read(folder)
     failures = [*certificate["failures"], *file_faults(folder), *_tensor_faults(folder, certificate["tensors"])]
+    failures += _tokenizer_faults(folder, certificate["expected"])
     try:
         found, logits = _reloaded(folder, certificate["expected"], python or sys.executable)
     except ReloadError as error:
@@ -221,6 +222,8 @@ def _expected(subject: Subject) -> tuple[dict, list[torch.Tensor], list[torch.Te
         "golden": [list(ids) for _, ids in contract.golden] if texts and contract else [],
         "decoded": [],
         "default": [],
+        "vocabulary": "",
+        "tokenizer_json": "",
         "conversations": conversations,
         "prompts": prompts,
         "stops": subject.stops,
@@ -229,6 +232,8 @@ def _expected(subject: Subject) -> tuple[dict, list[torch.Tensor], list[torch.Te
         tokenizer = load_tokenizer(subject.tokenizer)
         expected["decoded"] = [tokenizer.decode(ids, skip_special_tokens=False) for ids in expected["golden"]]
         expected["default"] = tokenizer.encode("あ").ids
+        expected["vocabulary"] = vocabulary_sha256(tokenizer.get_vocab(with_added_tokens=True))
+        expected["tokenizer_json"] = _sha256(subject.tokenizer / "tokenizer.json")
     return expected, trained, rounded
 
 
@@ -345,6 +350,8 @@ def _differences(expected: dict, found: dict, logits: list[torch.Tensor]) -> tup
             if text != was:
                 faults.append(f"tokenizer: decodes to {text!r} what was {was!r} in training")
                 break
+        if tokens["vocabulary"] != expected["vocabulary"]:
+            faults.append("tokenizer: its tokens and their ids are not those of training")
         if tokens["default"] != expected["default"]:
             faults.append(f"tokenizer: puts {tokens['default']} for あ by default, and did {expected['default']}")
         for conversation, ids, prompt in zip(
@@ -418,6 +425,13 @@ def _perplexity(losses: list[torch.Tensor]) -> float:
 
 def _largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().max())
+
+
+def _tokenizer_faults(folder: Path, expected: dict) -> list[str]:
+    """tokenizer.json to the byte: golden strings do not meet every merge and score."""
+    file = folder / "tokenizer.json"
+    same = not expected["tokenizer_json"] or (file.is_file() and _sha256(file) == expected["tokenizer_json"])
+    return [] if same else ["tokenizer: tokenizer.json is not the one of training"]
 
 
 def _tensor_faults(folder: Path, expected: dict[str, dict]) -> list[str]:

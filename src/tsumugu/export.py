@@ -207,7 +207,6 @@ def push_to_hub(folder: Path, name: str, public: bool) -> str:
         UserError: A folder that was changed, a repository that is public against the user's word, or the hub's refusal.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     if faults := certificate.file_faults(folder) + certificate.read(folder)["failures"]:
         raise UserError(f"{folder} is not pushed: {faults[0]}", "export again")
@@ -217,7 +216,9 @@ def push_to_hub(folder: Path, name: str, public: bool) -> str:
         if not public and not api.repo_info(name).private:
             raise UserError(f"{name} exists on the hub and is public", "give --public, or another name")
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}"))
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the hub's answers, its client and the network: each has its own kinds
         reason = " ".join(str(error).split())
         raise UserError(f"the hub refuses {name}: {reason}", "log in with `hf auth login`, or check the name") from None
 

@@ -5,6 +5,7 @@ Weights stay where `from_pretrained` leaves them (mapped from the files, in the 
 are brought to float32, and to the GPU where there is one, for the moment in which it computes.
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -104,8 +105,14 @@ def _tokenizer(folder: str, request: dict) -> dict:
         "golden": golden,
         "decoded": [tokenizer.decode(ids, skip_special_tokens=False) for ids in golden],
         "default": tokenizer("あ")["input_ids"],
+        "vocabulary": vocabulary_sha256(tokenizer.get_vocab()),
         "prompts": [_prompt(tokenizer, messages) for messages in request["conversations"]],
     }
+
+
+def vocabulary_sha256(ids: dict[str, int]) -> str:
+    """Of tokens and their ids."""
+    return hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()
 
 
 def _prompt(tokenizer: Any, messages: list[dict]) -> list[int] | str:
