@@ -66,7 +66,7 @@ def parallelize(
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
             layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
-            # for a split layer with changing sizes torch 2.13's compiler does not come to an end
+            # with changing sizes, torch's compiler does not come to an end for layers that are split
             layer.forward = torch.compile(layer.forward, dynamic=False if split_by_tensor else None)
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
