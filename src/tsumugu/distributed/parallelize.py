@@ -60,7 +60,8 @@ def parallelize(
     if split_by_tensor:
         check_plan(model, mesh["tensor"].size())
         split(model, mesh["tensor"])
-    if any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+    attention_drops = any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    if attention_drops and mesh.device_type == "cuda":
         _check_dropout(config)
     for index, layer in enumerate(layers):
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
@@ -88,7 +89,7 @@ def parallelize(
 
 
 def _check_dropout(config: ParallelConfig) -> None:
-    """Refuses the two combinations that, measured on a GPU, do not repeat what attention's dropout drew.
+    """Refuses the two combinations that, on a GPU, do not repeat what attention's dropout drew (on a CPU both do).
 
     Kept attention does not draw again, so that what follows it in an eager layer drops otherwise (gradients off by
     31 %); and compiled full recomputation took numbers that no seed decided.
