@@ -557,7 +557,9 @@ class ParallelConfig:
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
     replicate_degree: int | None = None
-    """Replicas of that group; default: world size / shard_degree."""
+    """Replicas of that group; default: all processes / shard_degree (/ tensor_degree)."""
+    tensor_degree: int = 1
+    """Processes that share the work on the same rows by heads and columns (GPT-NeoX, Llama, Qwen3; NVLink)."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
     prefetch: int = 1
@@ -574,8 +576,13 @@ class ParallelConfig:
     """Master weights, gradients and moments are in host memory, and the optimizer's step is taken there."""
 
     def __post_init__(self):
-        for name in ("shard_degree", "replicate_degree", "prefetch", "checkpoint_every_nth_layer"):
+        for name in ("shard_degree", "replicate_degree", "tensor_degree", "prefetch", "checkpoint_every_nth_layer"):
             _require_positive(f"parallel.{name}", getattr(self, name))
+        if self.tensor_degree > 1 and self.offload_activations:
+            raise UserError(
+                "parallel.offload_activations cannot move what a model split by tensor_degree keeps",
+                "set parallel.offload_activations to false, or parallel.tensor_degree to 1",
+            )
         if self.offload_activations and self.activation_checkpointing == "selective":
             raise UserError(
                 "parallel.offload_activations cannot move what activation_checkpointing selective keeps",
@@ -675,6 +682,11 @@ class TrainingRun:
             raise UserError(
                 f"model.lora is set beside model.{given[0]}, whose random weights it would leave as they are",
                 "set model.pretrained instead, or leave model.lora out",
+            )
+        if self.model.lora.rank is not None and self.parallel.tensor_degree > 1:
+            raise UserError(
+                "model.lora does not go with parallel.tensor_degree: transformers' plans do not split adapters",
+                "set parallel.tensor_degree to 1; adapters and frozen weights are sharded by parallel.shard_degree",
             )
         if len(self.data.stores) > 1 and self.train.max_epochs is not None:
             raise UserError(

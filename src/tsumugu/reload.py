@@ -141,7 +141,7 @@ def _prompt(tokenizer: Any, messages: list[dict]) -> list[int] | str:
 
 
 def _ends_at(model: Any, prompt: list[int], stop: int, stops: list[int], device: torch.device) -> bool:
-    """Whether generation, by the folder's generation_config.json, ends at the stop token that is made the second one."""
+    """Whether generation, by the folder's generation_config.json, ends at a stop token that is made to come second."""
     from transformers import LogitsProcessor
 
     class StopSecond(LogitsProcessor):

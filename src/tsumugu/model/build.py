@@ -19,7 +19,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -130,7 +131,7 @@ def build_model(
 
     Args:
         config: What to build.
-        mesh: Axes (replicate, shard).
+        mesh: Axes (replicate, shard), and perhaps tensor.
         device: What this process computes on; its shards live there, or with parallel.offload_optimizer on the host.
         master_dtype: dtype of the parameters.
         compute_dtype: dtype in which they are gathered and used.
@@ -349,11 +350,22 @@ def place(whole: torch.Tensor, parameter: torch.Tensor) -> None:
     """Copies a tensor that every process has whole into a parameter, or into this process's shard of it."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            whole = whole.to(parameter.device, parameter.dtype)
-            sliced = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(sliced.to_local())
+            parameter.to_local().copy_(own_slice(whole, parameter))
         else:
             parameter.copy_(whole)
+
+
+def own_slice(whole: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+    """The part of a tensor like `sharded` (or one that broadcasts to it) that this process holds of that.
+
+    It is one block also where a dimension is split twice, by shard and tensor: `distributed.tensor` sees to it that the
+    latter's parts are equal. torch's `distribute_tensor` would communicate, and has known that case only lately.
+    """
+    shape, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    for dimension, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
+        if whole.shape[dimension] != 1 or sharded.shape[dimension] == 1:
+            whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
+    return whole
 
 
 class _Grown:
@@ -432,7 +444,12 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
 
 
 def _run_init_weights(model: PreTrainedModel) -> None:
+    embeddings = {module: module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in embeddings:
+        module.padding_idx = None  # transformers would zero that row of a slice that DTensor makes, a copy or an error
     model.init_weights()
+    for module, row in embeddings.items():
+        module.padding_idx = row
     for module in model.modules():  # so that it can be run again
         module.__dict__.pop("_is_hf_initialized", None)
 
@@ -452,8 +469,7 @@ class _WholeDraws(TorchDispatchMode):
         # on the device that computes, also where the shards are on the host: the numbers are those of its generator
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device_mesh.device_type)
         func(whole, *args[1:], **kwargs)
-        sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(sliced.to_local())
+        tensor.to_local().copy_(own_slice(whole, tensor))
         return tensor
 
 
@@ -462,8 +478,7 @@ def _zero_row(weight: torch.Tensor, row: int) -> None:
     keep[row] = 0
     with torch.no_grad():
         if isinstance(weight, DTensor):
-            sliced = distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None)
-            weight.to_local().mul_(sliced.to_local().to(weight.device))
+            weight.to_local().mul_(own_slice(keep, weight))
         else:
             weight.mul_(keep)
 

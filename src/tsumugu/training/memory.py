@@ -77,7 +77,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     Args:
         config: As it is.
         memory: Of this process.
-        world_size: Processes.
+        world_size: Processes, or with parallel.tensor_degree groups of them.
     """
     parallel, found = config.parallel, []
     of_batch = memory.activations + memory.logits
@@ -108,7 +108,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     if not parallel.offload_optimizer:
         saved = memory.weights + max(memory.gradients, memory.trained) + memory.moments
         found.append(Change("parallel.offload_optimizer true", saved, "the optimizer's step is taken on the host"))
-    if checkpointing != "selective" and not parallel.offload_activations:
+    if checkpointing != "selective" and parallel.tensor_degree == 1 and not parallel.offload_activations:
         cost = "they travel to the host and back"
         found.append(Change("parallel.offload_activations true", memory.activations, cost))
     if length > 1:

@@ -43,6 +43,13 @@ def squared_norms(model: PreTrainedModel) -> torch.Tensor:
     return sums
 
 
+def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all tensors together, over all processes, whichever meshes they lie on; in their dtype."""
+    squared = _own_shares(tensors)
+    dist.all_reduce(squared)
+    return squared.sqrt().to(tensors[0].dtype)
+
+
 def _own_shares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([_own_share(tensor) for tensor in tensors]).sum()
 

@@ -34,7 +34,7 @@ from tsumugu.data.batches import Share, rows_read, training_batches, validation_
 from tsumugu.data.mixture import Mixture, Past, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
-from tsumugu.distributed import paths
+from tsumugu.distributed import paths, tensor
 from tsumugu.distributed.environment import Environment, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
@@ -109,9 +109,11 @@ class Trainer:
         self.profile = Profile(config.train, run_dir, environment.rank, self.device)
         opened = _open_stores(config)
         contract = opened.contract
-        self.share = Share(
-            rank=environment.rank,
-            world_size=environment.world_size,
+        mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
+        self.tensor_degree = config.parallel.tensor_degree
+        self.share = Share(  # of which the processes of a tensor group have the same
+            rank=environment.rank // self.tensor_degree,
+            world_size=environment.world_size // self.tensor_degree,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             by_length=config.data.group_by_length,
@@ -148,8 +150,8 @@ class Trainer:
         fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
         if self.adapters:
             fill = _adapted(self.adapters, config.train.seed, saved)
-        mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
         weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
+        weight_bytes //= self.tensor_degree
         parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
         self.model = build.build_model(
             self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
@@ -168,6 +170,8 @@ class Trainer:
         self.attention: str | None = None
         if config.data.documents_apart:
             self.attention = attention.keep_documents_apart(self.model, compute_dtype)
+        self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
+        self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
@@ -321,7 +325,8 @@ class Trainer:
         total = torch.tensor([*counts, *waited])
         self._mark("exchanging counts with the other processes")
         dist.all_reduce(total)
-        stops, supervised, tokens, squared_lengths, *counts_by_store = total[: len(counts)].tolist()
+        stops, *sums = total[: len(counts)].tolist()
+        supervised, tokens, squared_lengths, *counts_by_store = (value // self.tensor_degree for value in sums)
         data_seconds = total[len(counts) :].max().item() / 1e9  # of the slowest
         if stops:
             return None
@@ -352,9 +357,11 @@ class Trainer:
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
-        loss = own_loss.clone()
+        loss = own_loss / self.tensor_degree  # each process of a tensor group has the loss of the same rows
         self._mark("reducing the loss and the gradient norm")
         dist.all_reduce(loss)
+        if self.tensor_mesh:
+            tensor.reduce_gradients(self.held_whole, self.tensor_mesh)
         if self.config.train.log_norms and self._log_due(self.step + 1):
             self.squared_norms = norms.squared_norms(self.model)
         grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
@@ -478,6 +485,7 @@ class Trainer:
         reshard(self.model)
         self._mark("evaluating: reducing the sums")
         dist.all_reduce(sums)
+        sums /= self.tensor_degree
         figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
         if self.mixed:
             for name, of_store in zip(self.data.mixture.names, sums.tolist(), strict=True):
@@ -628,7 +636,7 @@ class Trainer:
 
     def _step_seed(self) -> int:
         """Dropout is drawn anew each step from (seed, step, rank), so that no generator state need be saved."""
-        key = f"{self.config.train.seed} {self.step} {self.environment.rank}".encode()
+        key = f"{self.config.train.seed} {self.step} {self.share.rank}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
 
     def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
@@ -773,7 +781,7 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
                 trainer.compute_dtype,
                 device,
             )
-            options = memory.changes(config, found, environment.world_size)
+            options = memory.changes(config, found, trainer.share.world_size)
         block, refusal = memory.out_of_memory(error, place, found, options, device)
         memory.say(block)
         raise refusal from None
