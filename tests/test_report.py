@@ -229,12 +229,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[str, 
     return {name: (folder / f"{name}.html").as_uri() for name in ("one", "two")}
 
 
-# Of every chart: its title, and whether each curve has been drawn with numbers inside the picture.
+# Of every chart: its title, and whether each curve has been drawn with numbers, and (of the whole range) in the picture.
 CURVES = """[...document.querySelectorAll('.chart')].map((chart) => [chart.querySelector('h2').textContent,
     [...chart.querySelectorAll('path.curve')].filter((curve) => curve.closest('g')).map((curve) => {
         const box = curve.getBBox();
-        return curve.getAttribute('d').startsWith('M') && !/NaN|Infinity/.test(curve.getAttribute('d')) && box.width > 0
-            && (state.zoom || (box.x >= 0 && box.y >= 0));
+        return curve.getAttribute('d').startsWith('M') && !/NaN|Infinity/.test(curve.getAttribute('d'))
+            && (state.zoom !== null || (box.width > 0 && box.x >= 0 && box.y >= 0));
     })])"""
 
 
