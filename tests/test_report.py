@@ -229,7 +229,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> dict[str, 
     return {name: (folder / f"{name}.html").as_uri() for name in ("one", "two")}
 
 
-# Of every chart: its title, and whether each curve has been drawn with numbers, and (of the whole range) in the picture.
+# Of every chart: its title, and whether each curve is drawn with numbers and, of the whole range, in the picture.
 CURVES = """[...document.querySelectorAll('.chart')].map((chart) => [chart.querySelector('h2').textContent,
     [...chart.querySelectorAll('path.curve')].filter((curve) => curve.closest('g')).map((curve) => {
         const box = curve.getBBox();
