@@ -79,6 +79,7 @@ def test_a_sound_export_passes_in_fresh_processes_of_transformers_5_and_4(
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "logits differ by 0 at most" in shown
+    assert "llama.cpp" in shown
     content = content_of(model)
     assert content["failures"] == []
     assert [found["transformers"].split(".")[0] for found in content["verified"]] == ["5", "4"]
@@ -314,9 +315,7 @@ def test_special_tokens_that_a_golden_string_spells_are_no_fault(tmp_path: Path)
     config = tiny_config("gpt2", True, vocab_size=vocab_size)
     config.save_pretrained(tmp_path / "config")
     torch.save(stock_model(config).state_dict(), tmp_path / "model.pt")
-    export_state_dict(
-        tmp_path / "model.pt", str(tmp_path / "config"), tmp_path / "out", "float32", tmp_path / "bytes"
-    )
+    export_state_dict(tmp_path / "model.pt", str(tmp_path / "config"), tmp_path / "out", "float32", tmp_path / "bytes")
     assert content_of(tmp_path / "out")["failures"] == []
 
 
