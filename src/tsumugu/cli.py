@@ -533,6 +533,8 @@ def _run_dir(options: argparse.Namespace) -> Path:
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu import certificate
     from tsumugu.export import CertificateError, export, export_state_dict, push_to_hub
+    from tsumugu.interoperability import servers, tokenizer_kind
+    from tsumugu.model.build import read_config
 
     if sum(map(bool, (options.source, options.verify, options.from_state_dict))) != 1:
         raise UserError("export takes one of RUN, --from-state-dict and --verify", "see `tsumugu export --help`")
@@ -563,6 +565,9 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if content["origin"].get("step") == 0:
         print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
     code = _show_certificate(output, [], content["verified"], "done" if made else "already done")
+    if (output / "config.json").exists():  # not of adapters
+        for line in servers(read_config(str(output)), tokenizer_kind(output)):
+            print(f"  {line}")
     if options.push_to_hub:
         print(push_to_hub(output, options.push_to_hub, options.public))
     return code
