@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
+from tsumugu.distributed.parallelize import _recomputed
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.model import nf4
@@ -561,3 +562,24 @@ def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):
         train(config_of(folder, "gpt_neox", "plain", **changes), tmp_path / "new")
     with pytest.raises(UserError, match=r"another run: one without model\.lora"):
         train(config_of(folder, "gpt_neox", "plain", **{"train.max_steps": 1}), tmp_path / "full")
+
+
+@pytest.mark.parametrize("recomputed", ["none", "full", "selective"])
+def test_no_weight_that_nf4_multiplies_out_is_kept_for_backward_where_layers_are_compiled(recomputed: str):
+    """The compiler would keep those of forward for backward, which multiplies out the same."""
+    linear = nf4.Linear(torch.nn.Linear(128, 512, bias=False), torch.float32)
+    weight = torch.randn(512, 128)
+    codes, scales = nf4.quantize(weight)
+    linear.codes.data.copy_(codes.contiguous().view(torch.float32))
+    linear.scales.data.copy_(scales.contiguous().view(torch.float32))
+    forward = linear.forward if recomputed == "none" else _recomputed(linear.forward, recomputed == "selective")
+    torch.compiler.reset()
+    hidden = torch.randn(4, 128, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = torch.compile(forward)(hidden)
+    output.square().sum().backward()
+    assert 0 < sum(tensor.nbytes for tensor in kept) < weight.nbytes / 2
+    expected = hidden.detach().requires_grad_()
+    (expected @ nf4.dequantize(codes, scales, torch.float32).T).square().sum().backward()
+    torch.testing.assert_close(hidden.grad, expected.grad)

@@ -27,6 +27,7 @@ _KEPT = {
     *("aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention"),
     *("aten::_scaled_dot_product_fused_attention_overrideable", "aten::_flash_attention_forward"),
     *("aten::_efficient_attention_forward", "torch_attn::_varlen_attn", "flex_attention"),
+    "tsumugu::nf4_product",
 }
 _SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory is worth
 

@@ -105,25 +105,46 @@ class Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(hidden, self.codes, self.scales, self.bias)  # type: ignore[return-value]
+        return torch.ops.tsumugu.nf4_product(hidden, self.codes, self.scales, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-class _Product(torch.autograd.Function):
-    """Keeps what is quantised for backward, and multiplies it out once more there."""
+# Operators of their own, so that the compiler does not see the weights that they multiply out: it would find the same
+# in backward, and keep those of forward for it.
+@torch.library.custom_op("tsumugu::nf4_product", mutates_args=())
+def _product(
+    hidden: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return F.linear(hidden, _held(codes, scales, hidden.dtype), bias)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None):
-        ctx.save_for_backward(codes, scales)
-        return F.linear(hidden, _held(codes, scales, hidden.dtype), bias)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor):
-        (gradient,) = gradients
-        codes, scales = ctx.saved_tensors
-        return gradient @ _held(codes, scales, gradient.dtype), None, None, None
+@torch.library.custom_op("tsumugu::nf4_gradient", mutates_args=())
+def _gradient(gradient: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return gradient @ _held(codes, scales, gradient.dtype)
+
+
+@_product.register_fake
+def _(hidden: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return hidden.new_empty(*hidden.shape[:-1], codes.shape[0])
+
+
+@_gradient.register_fake
+def _(gradient: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], 2 * codes.shape[1] * codes.element_size())
+
+
+def _keep(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    _, codes, scales, _ = inputs
+    ctx.save_for_backward(codes, scales)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple:
+    return torch.ops.tsumugu.nf4_gradient(gradient, *ctx.saved_tensors), None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_keep)
 
 
 def _held(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
