@@ -551,6 +551,8 @@ class ParallelConfig:
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
     replicate_degree: int | None = None
     """Replicas of that group; default: world size / shard_degree."""
+    fsdp: bool | None = None
+    """FSDP2; default: except where one device holds all and nothing is offloaded, where it would be copies alone."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
     prefetch: int = 1
@@ -561,6 +563,10 @@ class ParallelConfig:
     """Activation checkpointing of every nth decoder layer alone."""
     compile: bool | None = None
     """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
+    activation_memory_budget: float | None = None
+    """With compile: a share of what backward needs of compiled layers, 0 to 1, beyond which the cheapest is recomputed."""
+    chunked_loss: bool | None = None
+    """Head and loss over chunks of tokens, so that logits are never whole in memory; default: where the model allows."""
     offload_activations: bool = False
     """What layers keep for backward waits in host memory (with activation_checkpointing none or full)."""
     offload_optimizer: bool = False
@@ -569,6 +575,9 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("shard_degree", "replicate_degree", "prefetch", "checkpoint_every_nth_layer"):
             _require_positive(f"parallel.{name}", getattr(self, name))
+        budget = self.activation_memory_budget
+        if budget is not None and not 0 <= budget <= 1:
+            raise UserError(f"parallel.activation_memory_budget is {budget}", "use a number from 0 to 1")
         if self.offload_activations and self.activation_checkpointing == "selective":
             raise UserError(
                 "parallel.offload_activations cannot move what activation_checkpointing selective keeps",

@@ -34,6 +34,8 @@ def parallelize(
 ) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 
+    With parallel.fsdp false parameters stay plain tensors, and the rest is done.
+
     Parameters keep their dtype (the master weights); they are gathered in `compute_dtype`. Frozen ones may have another
     dtype than those that are trained. Gradients are reduced in
     the parameters' dtype as plain sums: the loss is already divided by the global token count, gloo has no
@@ -49,6 +51,8 @@ def parallelize(
     Raises:
         UserError: Recomputation would draw another dropout than forward did.
     """
+    if config.activation_memory_budget is not None:  # torch knows it as a setting of the whole process
+        torch._functorch.config.activation_memory_budget = config.activation_memory_budget
     if any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
         _check_dropout(config)
     for index, layer in enumerate(layers):
@@ -59,6 +63,8 @@ def parallelize(
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
 
+    if config.fsdp is False:
+        return
     master_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype

@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
-from tsumugu.model import lora
+from tsumugu.model import lora, masters
 from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
@@ -94,7 +94,10 @@ def build_model(
     parallel: ParallelConfig | None = None,
     adapters: lora.Adapters | None = None,
 ) -> PreTrainedModel:
-    """A sharded model whose parameters `fill` sets.
+    """A model, sharded unless parallel.fsdp is false, whose parameters `fill` sets.
+
+    Not sharded, they are in `compute_dtype`; the 16 bits that bfloat16 lacks of its masters are beside them then (see
+    `model.masters`).
 
     Args:
         config: What to build.
@@ -124,6 +127,8 @@ def build_model(
     with lora.unwrapped(model):
         model.tie_weights()
     fill(model, mapping)
+    if parallel.fsdp is False and compute_dtype != master_dtype:
+        masters.split(model)
     return model
 
 
@@ -143,10 +148,10 @@ def adapted_model(
     return model
 
 
-def _mesh(model: PreTrainedModel) -> DeviceMesh:
+def _device_type(model: PreTrainedModel) -> str:
+    """Of the device that computes, also where shards are on the host."""
     parameter = next(model.parameters())
-    assert isinstance(parameter, DTensor)
-    return parameter.device_mesh
+    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -164,7 +169,7 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model by transformers' own initialisation, as a function of the seed alone: equal for every mesh."""
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
-        on_gpu = _mesh(model).device_type == "cuda"
+        on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
             _run_init_weights(model)
@@ -184,14 +189,16 @@ def with_adapters(base: Callable[[PreTrainedModel, list], None], seed: int) -> C
     def fill(model: PreTrainedModel, mapping: list) -> None:
         with lora.unwrapped(model):
             base(model, mapping)
-        on_gpu = _mesh(model).device_type == "cuda"
+        on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
             lora.reset(model)
         for frozen, rows, ids in lora.new_rows(model):
-            assert isinstance(frozen, DTensor)
-            local = frozen.to_local().detach().to(frozen.device_mesh.device_type)  # also where it is on the host
-            place(DTensor(local, frozen._spec, requires_grad=False).full_tensor()[ids], rows)
+            whole: torch.Tensor = frozen.detach()
+            if isinstance(frozen, DTensor):
+                local = frozen.to_local().detach().to(frozen.device_mesh.device_type)  # also where it is on the host
+                whole = DTensor(local, frozen._spec, requires_grad=False).full_tensor()
+            place(whole[ids], rows)
 
     return fill
 

@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from tsumugu.model import masters
+
 
 def parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """The parameters by part: embedding, layer.0 and so on, head (if it is not tied), and the rest by module name."""
@@ -35,12 +37,17 @@ def squared_norms(model: PreTrainedModel) -> torch.Tensor:
     none = torch.zeros((), device=next(model.parameters()).device)  # the gradient of a part that is frozen
     sums = torch.stack(
         [
-            torch.stack([_own_shares(part) for part in of_parts]),
+            torch.stack([_own_shares([_whole(parameter) for parameter in part]) for part in of_parts]),
             torch.stack([_own_shares([p.grad for p in part if p.grad is not None] or [none]) for part in of_parts]),
         ]
     )
     dist.all_reduce(sums)
     return sums
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    master = masters.of(parameter)
+    return master.whole() if master else parameter
 
 
 def _own_shares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
