@@ -189,6 +189,7 @@ def with_adapters(base: Callable[[PreTrainedModel, list], None], seed: int) -> C
     def fill(model: PreTrainedModel, mapping: list) -> None:
         with lora.unwrapped(model):
             base(model, mapping)
+            model.requires_grad_(False)  # transformers has put other parameters in their places, unless they are sharded
         on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)

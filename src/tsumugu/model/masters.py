@@ -32,6 +32,7 @@ def split(model: nn.Module) -> None:
     """Turns every trained float32 parameter into a bfloat16 one, one at a time."""
     for parameter in model.parameters():
         if parameter.requires_grad:
+            assert parameter.dtype == torch.float32
             parameter.data, low = masters.split(parameter.data)
             setattr(parameter, _LOW, low)
 
