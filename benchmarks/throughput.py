@@ -390,7 +390,11 @@ def main() -> None:
         with open(log, "w") as stream:
             try:
                 code = subprocess.run(
-                    command, stdout=stream, stderr=subprocess.STDOUT, timeout=min(arguments.limit, left), env=environment
+                    command,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=min(arguments.limit, left),
+                    env=environment,
                 ).returncode
                 text = log.read_text(errors="replace")
                 ended[row] = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"

@@ -1,8 +1,11 @@
 """A certificate finds what is wrong with an exported folder, and names it."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.hub import TOKEN, Hub, serving
 from support.models import stock_model, tiny_config
 from support.runs import StopAfter, run_config
 from support.stores import random_documents, write_store
@@ -353,3 +357,34 @@ def test_the_card_names_the_base_model_its_licence_and_its_terms(exported: Path,
     assert "None: trained from random weights" in (exported / "gpt_neox-model" / "README.md").read_text(
         encoding="utf-8"
     )
+
+
+# Run in a process of its own, since huggingface_hub reads its address when it is imported.
+PUSH = "import sys; from tsumugu.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def push(hub: Hub, folder: Path, run: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-c", PUSH, "export", str(run), "--output", str(folder), "--push-to-hub", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_folder_is_pushed_privately_and_whole_or_not_at_all(exported: Path, runs: Path, tmp_path: Path):
+    folder, run = tmp_path / "model", runs / "gpt_neox"
+    shutil.copytree(exported / "gpt_neox-model", folder)
+    with serving() as hub:
+        done = push(hub, folder, run, "lab/ours")
+        assert done.returncode == 0, done.stderr
+        assert f"{hub.url}/lab/ours" in done.stdout
+        assert hub.repositories == {"lab/ours": True}
+        assert hub.files["lab/ours"] == {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.repositories["lab/ours"] = False
+        refused = push(hub, folder, run, "lab/ours")
+        assert (refused.returncode, "exists on the hub and is public" in refused.stderr) == (2, True)
+        (folder / "README.md").write_text("# Other")
+        refused = push(hub, folder, run, "lab/other", "--public")
+        assert (refused.returncode, "README.md is not the one that was exported" in refused.stderr) == (2, True)
+        assert hub.repositories == {"lab/ours": False}
+        refused = push(hub, exported / "gpt_neox-model", run, "lab/other", token="hf_" + "b" * 34)
+        assert (refused.returncode, "the hub refuses lab/other" in refused.stderr) == (2, True)
+        assert "hf_b" not in refused.stderr + refused.stdout

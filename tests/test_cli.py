@@ -491,6 +491,7 @@ def test_the_tokenizer_commands_refuse_in_one_line(made, tmp_path, refused, toke
     assert "goes with --train" in refused(*extend, "--tokens", "t", "--vocab-size", 900)
     assert "goes with --train" in refused(*extend, "--train", made / "corpus.jsonl")
     assert "t cannot be read" in refused(*extend, "--tokens", "t")
+    assert "the tokenizer's own chat template" in refused(*extend, "--template", "chat")
     assert not (tmp_path / "x").exists()
 
 

@@ -21,7 +21,7 @@ from support.transformers4 import transformers4
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig, PretrainedConfig
 
 from tsumugu import export as export_module
-from tsumugu.data.instructions import TEMPLATES
+from tsumugu.data.instructions import TEMPLATES, Message
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.export import export
@@ -328,7 +328,7 @@ def test_the_chat_template_gives_the_ids_of_the_prompt_in_training(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     for question in ("日本の首都は？", "{braces} '引用' \"符\"\n二行目 {{ x }}", " 空白 "):
         messages = [{"role": "user", "content": question}]
-        prompt = TEMPLATES["alpaca-ja"].prompt(question)
+        prompt = "".join(segment.text for segment in TEMPLATES["alpaca-ja"].segments([Message("user", question)]))
         expected = [contract.bos_id] * add_bos + tokenizer.encode(prompt, add_special_tokens=False)
         assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == expected
         whole_text = tokenizer.apply_chat_template(

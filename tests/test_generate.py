@@ -10,7 +10,7 @@ from support.encoding import BulkEncoder
 from support.models import stock_model, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tsumugu.data.instructions import TEMPLATES
+from tsumugu.data.instructions import TEMPLATES, Message
 from tsumugu.errors import UserError
 from tsumugu.generate import Generator
 from tsumugu.tokenizer.contract import read_contract
@@ -37,6 +37,10 @@ def trained_with(folder: Path, output: Path, **origin) -> Path:
     return output
 
 
+def text_of(template: str, prompt: str, input: str = "") -> str:
+    return "".join(segment.text for segment in TEMPLATES[template].segments([Message("user", prompt, input=input)]))
+
+
 def greedy(folder: Path, ids: list[int], tokens: int) -> list[int]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     for _ in range(tokens):  # by hand: every next id is the most likely one
@@ -51,7 +55,7 @@ def test_the_continuation_is_the_greedy_one_of_the_prompt_in_training(
     add_bos: bool, template: str | None, model_folder: Path, tmp_path: Path
 ):
     folder = trained_with(model_folder, tmp_path / "model", add_bos=add_bos, template=template)
-    text = TEMPLATES[template].prompt(PROMPT, "入力") if template else PROMPT
+    text = text_of(template, PROMPT, "入力") if template else PROMPT
     ids = [1] * add_bos + BulkEncoder(folder)([text])[0]
     reply = greedy(folder, ids, 16)[len(ids) :]
     expected = AutoTokenizer.from_pretrained(folder).decode(reply, skip_special_tokens=True)
@@ -97,7 +101,7 @@ def test_another_template_can_be_named_and_none_at_all(model_folder: Path, tmp_p
     folder = trained_with(model_folder, tmp_path / "model", add_bos=False, template="alpaca-ja")
     encode = BulkEncoder(folder)
     assert Generator(folder, "none")._encode("雨", "") == encode(["雨"])[0]
-    assert Generator(folder, "alpaca-en")._encode("雨", "") == encode([TEMPLATES["alpaca-en"].prompt("雨")])[0]
+    assert Generator(folder, "alpaca-en")._encode("雨", "") == encode([text_of("alpaca-en", "雨")])[0]
     with pytest.raises(UserError, match="no template x"):
         Generator(folder, "x")
 

@@ -6,7 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.models import stock_model, tiny_config
+from transformers import AutoTokenizer
 
 from tsumugu.cli import main
 from tsumugu.tokenizer.contract import read_contract
@@ -39,6 +42,27 @@ def dolly(path: Path) -> Path:
     return path
 
 
+def check_markers(model: Path, extended: Path, original: Path, merged: Path, adapter: Path):
+    """The ids that `tokenizer extend` made are trained, alone of all rows, and in both exports with their tokens."""
+    size, new = read_contract(original).vocab_size, read_contract(extended).vocab_size
+    assert new > size
+    before = load_file(model / "model.safetensors")
+    after = load_file(merged / "model.safetensors")
+    held = load_file(adapter / "adapter_model.safetensors")
+    for name, end in (("gpt_neox.embed_in", "gpt_neox.embed_in"), ("embed_out", "lm_head")):
+        rows = held[f"base_model.model.{end}.token_adapter.trainable_tokens_delta"]
+        assert torch.equal(after[f"{name}.weight"], torch.cat([before[f"{name}.weight"], rows]).bfloat16())
+    rows = held["base_model.model.gpt_neox.embed_in.token_adapter.trainable_tokens_delta"]
+    extension = json.loads((extended / "extension.json").read_text())
+    for row, learned in zip(extension["rows"], rows, strict=True):  # of the model's own, as the reference promises
+        mean = before["gpt_neox.embed_in.weight"][row["pieces"] or slice(0, size)].mean(0)
+        assert 0 < (learned - mean).abs().max() < 0.01
+    for folder in (merged, adapter):
+        tokens = AutoTokenizer.from_pretrained(folder)
+        assert len(tokens) == new
+        assert AutoTokenizer.from_pretrained(extended).get_vocab() == tokens.get_vocab()
+
+
 @pytest.mark.parametrize(
     ("name", "way"), [("rinna-3.6b", "instruct"), ("opencalm-7b", "instruct"), ("rinna-3.6b", "lora")]
 )
@@ -64,6 +88,7 @@ def test_instruction_tuning_on_dolly(name: str, way: str, model: Path, tokenizer
     if way == "lora":
         adapter = str(tmp_path / "adapter")
         assert main(["export", str(tmp_path / "run"), "--adapter", "--output", adapter]) == 0
+        check_markers(tmp_path / "model", tokenizer, tokenizer_folder, tmp_path / "export", tmp_path / "adapter")
     capsys.readouterr()
     ask = ["generate", str(tmp_path / "export"), "--prompt", "3番目の質問に答えてください。"]
     assert main([*ask, "--max-new-tokens", "4"]) == 0

@@ -42,7 +42,7 @@ VERSION = 1
 # transformers order the same sums otherwise: float32 has 1.2e-7, and a deep model adds up some hundred of them.
 _LOGITS = 1e-4
 _PERPLEXITY = 0.05  # relative: what the dtype of the export may cost (bfloat16 costs well below 1 %)
-_ROW_TOKENS, _SAMPLE_ROWS = 128, 4
+_ROW_TOKENS = 64
 
 Read = Callable[[str], torch.Tensor]  # a name in memory → the whole tensor, in the dtype of the checkpoint
 
@@ -273,7 +273,7 @@ def _logits_of(subject: Subject, rows: list[list[int]]) -> tuple[list[torch.Tens
 def _prompts(subject: Subject) -> tuple[list[list[dict]], list[list[int]]]:
     """Conversations that end with a question, and the ids that each has in training."""
     template, contract, folder = subject.template, subject.contract, subject.tokenizer
-    if not template or not contract or not folder:
+    if not template or not contract or not contract.golden or not folder:
         return [], []
     first = [Message("user", "日本の首都はどこですか？"), Message("assistant", "東京です。")]
     question = Message("user", "{braces} '引用' \"符\"\n Is it large?")

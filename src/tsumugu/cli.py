@@ -215,6 +215,9 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
 
+    evaluate = command(commands, "evaluate", _evaluate, "loss, Japanese tasks and replies of models, side by side")
+    _add_evaluate_arguments(evaluate)
+
     options, flags = parser.parse_known_args(arguments)
     if flags and options.run not in (_prepare, _train, _launch_local):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
@@ -225,6 +228,41 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
+
+
+def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face folders, RUN or RUN@STEP")
+    parser.add_argument("--each-checkpoint", action="store_true", help="a RUN stands for all its checkpoints")
+    parser.add_argument("--tokenizer", metavar="DIR", help="for a MODEL without a contract of its tokenizer")
+    loss = parser.add_argument_group("loss, perplexity, bits per byte")
+    loss.add_argument("--store", nargs="+", default=[], metavar="STORE", help="token stores")
+    loss.add_argument("--split", choices=["validation", "train"], default="validation", help="default: validation")
+    loss.add_argument("--text", nargs="+", default=[], metavar="PATH", help="raw text: files, folders or globs")
+    loss.add_argument("--text-column", metavar="COLUMN", help="its text column (default: found)")
+    loss.add_argument(
+        "--packing",
+        choices=["documents", "concatenate", "document_mask"],
+        help="of a store of text (default: as the first RUN was trained, else concatenate)",
+    )
+    loss.add_argument(
+        "--sequence-length", type=_whole(1), metavar="N", help="default: of the first RUN, else 2048 or what fits"
+    )
+    loss.add_argument("--stride", type=_whole(1), metavar="N", help="from window to window (default: no overlap)")
+    tasks = parser.add_argument_group("tasks, by lm-evaluation-harness")
+    tasks.add_argument(
+        "--tasks", nargs="+", default=[], metavar="TASK", help="jcommonsenseqa, jsquad, jmmlu, or your own .yaml"
+    )
+    tasks.add_argument("--task-data", metavar="DIR", help="the folder that their data lie in")
+    tasks.add_argument("--limit", type=_whole(1), metavar="N", help="documents of each, to try it out")
+    tasks.add_argument("--chat-template", action="store_true", help="prompts go through the model's chat template")
+    replies = parser.add_argument_group("replies")
+    replies.add_argument("--prompts", metavar="FILE", help="a prompt a line, as text or JSON")
+    replies.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
+    replies.add_argument("--max-new-tokens", type=_whole(1), default=128, metavar="N", help="default: 128")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on GPUs")
+    parser.add_argument("--batch-size", type=_whole(1), default=8, metavar="N", help="default: 8")
+    parser.add_argument("--json", action="store_true", help="the report as JSON, in place of the table")
+    parser.add_argument("--output", metavar="FILE", help="write it as JSON")
 
 
 def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,6 +365,11 @@ def _template_tokens(name: str, source: Path) -> list:
     from tsumugu.data.instructions.templates import Template, find_template
     from tsumugu.tokenizer.extend import Token
 
+    if name == "chat":
+        raise UserError(
+            "--template chat is the tokenizer's own chat template, which does not say what tokens it needs",
+            "name a built-in template, or list the tokens in a file: --tokens FILE",
+        )
     template = find_template(name)
     assert isinstance(template, Template)
     if missing := missing_tokens(template, source):
@@ -394,7 +437,12 @@ def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
 
     report = audit(Path(options.store), options.rows, Path(options.model) if options.model else None)
     if options.html:
-        Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+        try:
+            Path(options.html).write_text(audit_view.to_page(report), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--html {options.html} cannot be written ({error.strerror})", "name another file"
+            ) from None
     if options.json:
         print(json.dumps(report.to_json(), ensure_ascii=False, indent=1))
     else:
@@ -512,4 +560,46 @@ def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
         options.prompt, options.input, options.max_new_tokens, options.system
     )
     print(reply)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, _flags: list[str]) -> int:
+    import json
+
+    from rich.console import Console
+
+    from tsumugu.evaluate.evaluation import Evaluation, evaluate, show
+
+    report = evaluate(
+        Evaluation(
+            models=options.models,
+            each_checkpoint=options.each_checkpoint,
+            tokenizer=Path(options.tokenizer) if options.tokenizer else None,
+            stores=[Path(store) for store in options.store],
+            split=options.split,
+            texts=options.text,
+            text_column=options.text_column,
+            packing=options.packing,
+            sequence_length=options.sequence_length,
+            stride=options.stride,
+            tasks=options.tasks,
+            task_data=Path(options.task_data) if options.task_data else None,
+            limit=options.limit,
+            chat_template=options.chat_template,
+            prompts=Path(options.prompts) if options.prompts else None,
+            template=options.template,
+            max_new_tokens=options.max_new_tokens,
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+        )
+    )
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    text = json.dumps(report, ensure_ascii=False, indent=1)
+    if options.output:
+        Path(options.output).write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        print(text)
+    else:
+        show(report, Console(highlight=False))
     return 0

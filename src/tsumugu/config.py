@@ -233,6 +233,11 @@ class PrepareConfig:
                 "remove it: the end-of-text token always follows the response, supervised",
             )
         _require_positive("prepare.max_length", self.max_length)
+        if self.too_long == "truncate_prompt" and self.train_on == "everything":
+            raise UserError(
+                "prepare.too_long is truncate_prompt with train_on everything, by which prompts are learned too",
+                "set it to split or drop, or prepare.train_on to responses",
+            )
         if self.too_long != "drop" and (self.max_length or 0) < 2:
             raise UserError(
                 f"prepare.too_long is {self.too_long}, prepare.max_length {self.max_length}", "set it to 2 or more"
@@ -269,12 +274,14 @@ class LoraConfig:
     """Share of an adapter's inputs that are dropped."""
     targets: list[str] | None = None
     """Linear layers by the last part of their names, such as query_key_value; default: all of the decoder."""
+    quantize: Literal["nf4"] | None = None
+    """nf4: the frozen linear layers of the decoder are held in four bits a weight, which changes them a little."""
 
     def __post_init__(self):
         _require_positive("model.lora.rank", self.rank)
         _require_positive("model.lora.alpha", self.alpha)
         _require_share("model.lora.dropout", self.dropout)
-        if self.rank is None and (self.alpha is not None or self.dropout or self.targets is not None):
+        if self.rank is None and (self.alpha is not None or self.dropout or self.targets or self.quantize):
             raise UserError("model.lora has no rank", "set model.lora.rank, such as 16, or leave model.lora out")
         if self.targets == []:
             raise UserError("model.lora.targets is empty", "name linear layers, or leave it out for all")
@@ -550,7 +557,9 @@ class ParallelConfig:
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
     replicate_degree: int | None = None
-    """Replicas of that group; default: world size / shard_degree."""
+    """Replicas of that group; default: all processes / shard_degree (/ tensor_degree)."""
+    tensor_degree: int = 1
+    """Processes that share the work on the same rows by heads and columns (GPT-NeoX, Llama, Qwen3; NVLink)."""
     fsdp: bool | None = None
     """FSDP2; default: except where one device holds all and nothing is offloaded, where it would be copies alone."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
@@ -573,11 +582,16 @@ class ParallelConfig:
     """Master weights, gradients and moments are in host memory, and the optimizer's step is taken there."""
 
     def __post_init__(self):
-        for name in ("shard_degree", "replicate_degree", "prefetch", "checkpoint_every_nth_layer"):
+        for name in ("shard_degree", "replicate_degree", "tensor_degree", "prefetch", "checkpoint_every_nth_layer"):
             _require_positive(f"parallel.{name}", getattr(self, name))
         budget = self.activation_memory_budget
         if budget is not None and not 0 <= budget <= 1:
             raise UserError(f"parallel.activation_memory_budget is {budget}", "use a number from 0 to 1")
+        if self.tensor_degree > 1 and self.offload_activations:
+            raise UserError(
+                "parallel.offload_activations cannot move what a model split by tensor_degree keeps",
+                "set parallel.offload_activations to false, or parallel.tensor_degree to 1",
+            )
         if self.offload_activations and self.activation_checkpointing == "selective":
             raise UserError(
                 "parallel.offload_activations cannot move what activation_checkpointing selective keeps",
@@ -677,6 +691,11 @@ class TrainingRun:
             raise UserError(
                 f"model.lora is set beside model.{given[0]}, whose random weights it would leave as they are",
                 "set model.pretrained instead, or leave model.lora out",
+            )
+        if self.model.lora.rank is not None and self.parallel.tensor_degree > 1:
+            raise UserError(
+                "model.lora does not go with parallel.tensor_degree: transformers' plans do not split adapters",
+                "set parallel.tensor_degree to 1; adapters and frozen weights are sharded by parallel.shard_degree",
             )
         if len(self.data.stores) > 1 and self.train.max_epochs is not None:
             raise UserError(

@@ -27,7 +27,7 @@ from tsumugu.data.instructions.encode import stop_id
 from tsumugu.data.instructions.templates import Template
 from tsumugu.data.store import open_store, sha256
 from tsumugu.errors import UserError
-from tsumugu.model import build, lora
+from tsumugu.model import build, lora, nf4
 from tsumugu.model_card import model_card
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
 from tsumugu.training import checkpoint
@@ -132,7 +132,7 @@ def export(
     if adapters:
         lora.check_installed()
         origin |= {"adapter": adapter, "base": adapters.base, "base_sha256": adapters.base_sha256}
-        origin["vocab_size"] = config.vocab_size
+        origin |= {"vocab_size": config.vocab_size, "quantize": adapters.quantize}
     if _is_done(output, origin):
         return False
     checkpoint.check(path)
@@ -207,7 +207,6 @@ def push_to_hub(folder: Path, name: str, public: bool) -> str:
         UserError: A folder that was changed, a repository that is public against the user's word, or the hub's refusal.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     if faults := certificate.file_faults(folder) + certificate.read(folder)["failures"]:
         raise UserError(f"{folder} is not pushed: {faults[0]}", "export again")
@@ -217,7 +216,9 @@ def push_to_hub(folder: Path, name: str, public: bool) -> str:
         if not public and not api.repo_info(name).private:
             raise UserError(f"{name} exists on the hub and is public", "give --public, or another name")
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export of {folder.name}"))
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the hub's answers, its client and the network: each has its own kinds
         reason = " ".join(str(error).split())
         raise UserError(f"the hub refuses {name}: {reason}", "log in with `hf auth login`, or check the name") from None
 
@@ -326,7 +327,11 @@ def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype
     merging = lora.merging_dtype(_DTYPES[dtype])
     model = build.adapted_model(config, folder, adapters, merging)
     _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
-    return lora.merged(model, merging)
+    quantized = set()
+    if adapters.quantize:
+        nf4.check([], torch.device("cpu"))
+        quantized = build.quantized_names(build.meta_model(config, merging))
+    return lora.merged(model, merging, quantized)
 
 
 def _load(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:

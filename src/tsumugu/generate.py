@@ -85,12 +85,12 @@ class Generator:
         bos = [self.tokenizer.bos_token_id] if self.add_bos else []
         if self.template:
             messages = [*([Message("system", system)] if system else []), Message("user", prompt, input=input)]
-            by_tokenizer = self.add_bos is None and self.tokenizer("あ")["input_ids"][:1] == [
-                self.tokenizer.bos_token_id
-            ]
-            if by_tokenizer and getattr(self.template, "jinja", None) is None:
-                bos = [self.tokenizer.bos_token_id]
-            return prompt_ids(messages, self.template, self._ids, bos, self.specials)
+            own = [self.tokenizer.bos_token_id]
+            by_tokenizer = self.add_bos is None and self.tokenizer("あ")["input_ids"][:1] == own
+            ids = prompt_ids(messages, self.template, self._ids, [], self.specials)
+            if by_tokenizer and getattr(self.template, "jinja", None) is None and ids[:1] != own:
+                bos = own
+            return [*bos, *ids]
         ids = self.tokenizer(prompt, add_special_tokens=self.add_bos is None, split_special_tokens=True)["input_ids"]
         if not [*bos, *ids]:
             raise UserError("the prompt is empty", "give some text to continue")

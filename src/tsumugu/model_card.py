@@ -55,10 +55,9 @@ def model_card(
     """
     run = _configuration(run_dir) if run_dir else None
     base = adapters.base if adapters else _base(run) if run else None
-    license = _license(base) if base else None
+    license = _license(base) if base else {}
     front: dict[str, Any] = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
-    if license:
-        front["license"] = license
+    front |= license
     if base and _on_hub(base):
         front["base_model"] = base
     front["tags"] = ["tsumugu"]
@@ -98,7 +97,7 @@ def _facts(model: PreTrainedModel, origin: dict, adapters: lora.Adapters | None)
     return lines
 
 
-def _base_section(base: str | None, license: str | None, run: Any) -> list[str]:
+def _base_section(base: str | None, license: dict[str, str], run: Any) -> list[str]:
     if base is None:
         return (
             ["## Base model / ベースモデル\n\nNone: trained from random weights. / なし（乱数の初期値から学習）。"]
@@ -106,9 +105,10 @@ def _base_section(base: str | None, license: str | None, run: Any) -> list[str]:
             else []
         )
     lines = [f"## Base model / ベースモデル\n\n- {_shown(base)}"]
-    lines.append(f"- License / ライセンス: {license or 'unknown here: look it up / 不明（確認してください）'}")
+    name = license.get("license_name") or license.get("license", "")
+    lines.append(f"- License / ライセンス: {name or 'unknown here: look it up / 不明（確認してください）'}")
     for pattern, (english, japanese) in _TERMS.items():
-        if license and re.fullmatch(pattern, license):
+        if re.fullmatch(pattern, name.lower()):
             lines.append(f"- {english} / {japanese}")
     return ["\n".join(lines)]
 
@@ -164,12 +164,18 @@ def _certificate_section(certified: dict) -> str:
 
 def _usage(adapters: lora.Adapters | None, model: PreTrainedModel, origin: dict) -> str:
     names = "AutoModelForCausalLM" + (", AutoTokenizer" if origin["tokenizer"] else "")
+    quantized = adapters is not None and adapters.quantize is not None
+    names += ", BitsAndBytesConfig" if quantized else ""
     lines = ["from peft import PeftModel"] if adapters else []
     lines += [f"from transformers import {names}", ""]
     if origin["tokenizer"]:
         lines.append('tokenizer = AutoTokenizer.from_pretrained("this-folder")')
     if adapters:
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{_shown(adapters.base)}")')
+        held = ""
+        if quantized:  # the adapters belong to what was made of the base, and not to the base
+            lines.append('held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
+            held = ", quantization_config=held"
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{_shown(adapters.base)}"{held})')
         if adapters.new_rows:
             lines.append(f"model.resize_token_embeddings({model.config.vocab_size})")
         lines.append('model = PeftModel.from_pretrained(model, "this-folder")')
@@ -203,17 +209,17 @@ def _shown(base: str) -> str:
     return base if _on_hub(base) else Path(base).name
 
 
-def _license(base: str) -> str | None:
+def _license(base: str) -> dict[str, str]:
     """What the card of a base model names as its licence: of its folder, or of the hub's local copy."""
     from huggingface_hub import try_to_load_from_cache
 
     card = Path(base) / "README.md" if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
     if not isinstance(card, (str, Path)) or not Path(card).is_file():
-        return None
+        return {}
     parts = Path(card).read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     try:
         front = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0] else None
     except yaml.YAMLError:
         front = None
-    named = front.get("license_name") or front.get("license") if isinstance(front, dict) else None
-    return str(named).lower() if named else None
+    keys = ("license", "license_name", "license_link")
+    return {key: str(front[key]) for key in keys if front.get(key)} if isinstance(front, dict) else {}

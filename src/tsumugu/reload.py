@@ -86,14 +86,32 @@ def _load(folder: str) -> tuple[Any, dict]:
     load: Any = AutoModelForCausalLM.from_pretrained
     if not (Path(folder) / "adapter_config.json").exists():
         model, info = load(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
-        return model, {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+        keys = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+        return model, keys | {"buffers": buffers(model)}
     from peft import PeftConfig, PeftModel
 
     base = load(PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype="auto", trust_remote_code=False)
-    rows = json.loads((Path(folder) / "tsumugu.json").read_text(encoding="utf-8"))["vocab_size"]
+    origin = json.loads((Path(folder) / "tsumugu.json").read_text(encoding="utf-8"))
+    if origin["quantize"]:
+        _through_nf4(base)
+    rows = origin["vocab_size"]
     if rows != base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(rows)
-    return PeftModel.from_pretrained(base, folder), {"missing_keys": [], "unexpected_keys": []}
+    found = {"missing_keys": [], "unexpected_keys": [], "buffers": buffers(base)}  # peft has some of its own
+    return PeftModel.from_pretrained(base, folder), found
+
+
+def _through_nf4(model: Any) -> None:
+    """Gives linear layers but for the head the values that bitsandbytes holds of them, in float32.
+
+    Its own layers would compute with other ones on some processors, where no gradient is asked for.
+    """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            held, state = quantize_4bit(module.weight.data.float(), blocksize=64, quant_type="nf4")
+            module.weight.data = dequantize_4bit(held, state)
 
 
 def _tokenizer(folder: str, request: dict) -> dict:
@@ -122,14 +140,17 @@ def _prompt(tokenizer: Any, messages: list[dict]) -> list[int] | str:
         return f"{type(error).__name__}: {error}"
 
 
-def _ends_at(model: Any, prompt: list[int], stop: int, device: torch.device) -> bool:
-    """Whether generation, by the folder's generation_config.json, ends with the stop token that comes second."""
+def _ends_at(model: Any, prompt: list[int], stop: int, stops: list[int], device: torch.device) -> bool:
+    """Whether generation, by the folder's generation_config.json, ends at a stop token that is made to come second."""
     from transformers import LogitsProcessor
 
     class StopSecond(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if input_ids.shape[1] == len(prompt) + 1:
-                scores = torch.full_like(scores, -torch.inf)
+            scores = scores.clone()
+            if input_ids.shape[1] == len(prompt):
+                scores[:, stops] = -torch.inf
+            elif input_ids.shape[1] == len(prompt) + 1:
+                scores.fill_(-torch.inf)
                 scores[:, stop] = 0
             return scores
 
@@ -146,11 +167,11 @@ def reload(request: dict) -> dict:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model, keys = _load(request["folder"])
+    model, loaded = _load(request["folder"])
     model.eval()
     device = device_at_hand()
     found = {
-        **keys,
+        **loaded,
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
@@ -159,7 +180,6 @@ def reload(request: dict) -> dict:
         },
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         "tied": is_tied(model),
-        "buffers": buffers(model),
         "config": json.loads(json.dumps(model.config.to_dict(), default=str)),
         "stops": model.generation_config.eos_token_id,
         "tokenizer": _tokenizer(request["folder"], request) if request["has_tokenizer"] else None,
@@ -172,7 +192,7 @@ def reload(request: dict) -> dict:
     with open(request["logits"], "wb") as file:
         for row in logits:
             np.save(file, row.numpy())
-    found["ends"] = [_ends_at(model, request["rows"][0], stop, device) for stop in request["stops"]]
+    found["ends"] = [_ends_at(model, request["rows"][0], stop, request["stops"], device) for stop in request["stops"]]
     return found
 
 

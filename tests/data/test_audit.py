@@ -122,10 +122,10 @@ def prepared(folder: Path, tokenizer: Path, lines: list[dict], **settings: Any) 
     [
         (_with_system(150), "chatml", {}),
         (_with_system(150), "gemma", {"train_on": "last_response"}),
-        (_with_system(150), "llama3", {"add_bos": True}),
+        (_with_system(150), "llama3", {"max_length": 300, "too_long": "truncate_prompt"}),
         (_with_system(150), "llm-jp", {"train_on": "everything"}),
         (_sharegpt(150), "alpaca-ja", {}),
-        (_sharegpt(150), "alpaca-en", {"add_bos": True, "train_on": "last_response"}),
+        (_sharegpt(150), "alpaca-en", {"train_on": "last_response"}),
         (_sharegpt(150), "rinna", {}),
         (_sharegpt(150), "llama3", {"max_length": 400}),
         (_thoughts(150), "qwen3", {}),
@@ -141,6 +141,65 @@ def test_no_false_alarm_on_sets_of_several_turns(
     assert [(finding.name, finding.count) for finding in report.findings] == []
     assert report.not_checked == []
     assert quick_audit(open_store(store)).findings == []
+
+
+@pytest.mark.parametrize("too_long", ["truncate_prompt", "split"])
+@pytest.mark.parametrize(
+    ("template", "settings"),
+    [
+        ("alpaca-ja", {"add_bos": True}),
+        ("chatml", {}),
+        ("qwen3", {}),
+        ("plain", {"add_bos": True}),
+        ("llm-jp", {"train_on": "last_response"}),
+    ],
+)
+def test_shortened_rows_are_no_false_alarm(
+    tmp_path: Path, chat_tokenizer: Path, template: str, settings: dict, too_long: str
+):
+    """Whatever a row is cut in: its question, the marker in front of a reply, the reply, its end."""
+    draw, lines = random.Random(4), []
+    for number in range(200):
+        question, reply = (str(number) + "".join(draw.choices("川山朝霧駅", k=draw.randint(2, 80))) for _ in range(2))
+        lines.append({"prompt": question, "response": reply})
+    store = prepared(tmp_path, chat_tokenizer, lines, template=template, max_length=70, too_long=too_long, **settings)
+    counts = json.loads((store / "manifest.json").read_text())["sources"]["only"]
+    assert any(name.startswith("shortened") and count > 20 for name, count in counts.items())
+    report = audit(store)
+    assert report.errors == []
+    names = {finding.name for finding in report.findings}
+    assert names <= {"truncated-replies", "bos-mismatch"}  # cut replies are told of; a tokenizer without bos too
+    assert ("truncated-replies" in names) == (too_long == "split")
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_told(tmp_path: Path, chat_tokenizer: Path):
+    store = prepared(tmp_path, chat_tokenizer, _sharegpt(40), add_bos=True)
+    (finding,) = audit(store).findings
+    assert (finding.name, finding.level) == ("bos-mismatch", "warning")
+    assert "the tokenizer does not" in finding.message.replace("which the", "the")
+    other = tmp_path / "adds-bos"
+    other.mkdir()
+    for file in chat_tokenizer.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    contract = json.loads((other / "contract.json").read_text())
+    (other / "contract.json").write_text(json.dumps(contract | {"adds_bos": True}))
+    assert audit(store, model=other).findings == []
+    (tmp_path / "none").mkdir()
+    (finding,) = audit(prepared(tmp_path / "none", chat_tokenizer, _sharegpt(40)), model=other).findings
+    assert (finding.name, "the store has none" in finding.message) == ("bos-mismatch", True)
+
+
+def test_thoughts_without_an_answer_are_empty_replies(tmp_path: Path, chat_tokenizer: Path):
+    store = prepared(tmp_path, chat_tokenizer, _thoughts(60), template="qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(chat_tokenizer)
+    closing, stop = (tokenizer.convert_tokens_to_ids(token) for token in ("</think>", "<|im_end|>"))
+
+    def silent(ids, mask):
+        """The reply ends behind its thoughts."""
+        place = np.flatnonzero(ids == closing)[-1] + 1
+        return np.array([*ids[:place], stop]), np.array([*mask[:place], 1])
+
+    assert {finding.name for finding in audit(rewrite(store, tmp_path / "s", silent)).errors} == {"empty-replies"}
 
 
 @pytest.mark.parametrize("lines", [_sharegpt(100), _thoughts(100)], ids=["sharegpt", "thoughts"])
@@ -286,6 +345,12 @@ def test_the_terminal_gets_no_control_characters_and_no_markup(tmp_path: Path, t
     assert "[bold]\\x1b[31m赤" in shown
     assert "\x1b" not in shown
     assert "\x07" not in shown
+
+
+def test_a_page_that_cannot_be_written_is_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["audit", str(store), "--html", str(tmp_path / "nowhere" / "page.html")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "nowhere/page.html cannot be written" in line
 
 
 def test_what_is_no_store_is_refused(tmp_path: Path):

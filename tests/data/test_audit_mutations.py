@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,17 @@ def test_the_clean_store_has_no_finding(clean: Path):
     report = audit(clean)
     assert report.findings == []
     assert report.not_checked == []
+
+
+def test_masks_are_looked_at_where_templates_cannot_be_read(clean: Path, tmp_path: Path, monkeypatch):
+    """A training machine need not have what `prepare` needs."""
+    for name in [name for name in sys.modules if name.startswith("tsumugu.data.instructions")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tsumugu.data.instructions", None)
+    report = quick_audit(open_store(clean))
+    assert report.findings == []
+    assert any("where replies begin" in line for line in report.not_checked)
+    assert "stop-not-supervised" in quick_errors(rewrite(clean, tmp_path / "store", _pad_is_eos))
 
 
 # --- masks and stop tokens -------------------------------------------------------------------------------------------
@@ -220,6 +232,80 @@ def test_a_chat_template_without_generation_markers_that_gave_no_mask_is_found(
     (store / "tokenizer" / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     assert "no-generation-markers" in errors(store)
     assert "no-supervision" not in errors(store)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_role_header_that_is_learned_is_found(clean: Path, tmp_path: Path, tokenizer_folder: Path, marked: bool):
+    """A store of a chat template whose generation prompt is missing, or whose markers enclose the header."""
+    header = "{{ '### assistant:\\n' }}"
+    reply = (
+        "{% generation %}%s{{ m['content'] + eos_token }}{% endgeneration %}"
+        if marked
+        else "%s{{ m['content'] + eos_token }}"
+    )
+    jinja = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### user:\\n' + m['content'] + '\\n' }}"
+        "{% else %}"
+        + reply.replace("%s", header)
+        + "{% endif %}{% endfor %}"
+        + ("{% if add_generation_prompt %}" + header + "{% endif %}" if marked else "")
+    )
+    tokenizer = load_tokenizer(tokenizer_folder)
+    rows = []
+    for record in records(40):
+        ids, mask = [], []
+        for turn in record["messages"]:
+            learned = turn["role"] == "assistant"
+            end = [EOS] if learned else tokenizer.encode("\n", add_special_tokens=False).ids
+            text = f"### {turn['role']}:\n{turn['content']}"
+            own = [*tokenizer.encode(text, add_special_tokens=False).ids, *end]
+            ids, mask = [*ids, *own], [*mask, *[int(learned)] * len(own)]
+        rows.append((np.array(ids), np.array(mask, np.uint8)))
+    rest = iter(rows)
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    template = {"jinja": jinja, "names": names, "special_tokens": ["<s>", "</s>"], "stop": "</s>"}
+    store = rewrite(clean, tmp_path / "store", lambda ids, mask: next(rest, rows[0]), manifest={"template": template})
+    assert "prompt-supervised" in errors(store)
+    assert "prompt-supervised" in quick_errors(store)
+
+
+def test_a_template_that_spells_newlines_loses_none(tmp_path: Path, lossy_tokenizer: Path):
+    add_tokens(lossy_tokenizer, tmp_path / "t", [Token("<NL>", False)])
+    assert read_contract(tmp_path / "t").newline == "lost"
+    lines = [{"prompt": f"{w}と{o}の話", "response": f"{o}\n{w}です"} for w in WORDS for o in WORDS[:4]]
+    assert "newline-lost" not in {
+        f.name for f in audit(prepared(tmp_path, tmp_path / "t", lines, template="rinna")).findings
+    }
+
+
+def test_padding_in_rows_is_told(clean: Path, tmp_path: Path):
+    pad = read_contract(clean / "tokenizer").pad_id
+    assert pad is not None
+    change = lambda ids, mask: (np.append(ids, [pad] * 3), np.append(mask, [0] * 3))  # noqa: E731
+    (finding,) = audit(rewrite(clean, tmp_path / "store", change)).findings
+    assert (finding.name, finding.level) == ("pad-tail", "warning")
+
+
+def test_rows_that_do_not_begin_as_the_manifest_says_are_found(clean: Path, tmp_path: Path):
+    assert "bos-mismatch" in errors(rewrite(clean, tmp_path / "none", manifest={"add_bos": True}))
+    twice = lambda ids, mask: (np.insert(ids, 0, [1, 1]), np.insert(mask, 0, [0, 0]))  # noqa: E731
+    assert "bos-mismatch" in errors(rewrite(clean, tmp_path / "twice", twice, manifest={"add_bos": True}))
+
+
+def test_other_replies_than_train_on_says_are_found(clean: Path, tmp_path: Path, tokenizer_folder: Path):
+    settings = {"settings": {"train_on": "last_response"}}
+    store = rewrite(clean, tmp_path / "all", manifest=settings)
+    assert errors(store) == quick_errors(store) == {"train-on-mismatch"}
+
+    def first_alone(ids, mask):
+        return ids, np.where(np.arange(len(ids)) <= np.flatnonzero((ids == EOS) & (mask == 1))[0], mask, 0)
+
+    assert errors(rewrite(clean, tmp_path / "first", first_alone, manifest=settings)) == {"train-on-mismatch"}
+    last = prepared(tmp_path, tokenizer_folder, records(60), train_on="last_response")
+    assert audit(last).findings == []
+    for train_on in ("responses", "everything"):
+        less = rewrite(last, tmp_path / train_on, manifest={"settings": {"train_on": train_on}})
+        assert [(f.name, f.level) for f in audit(less).findings] == [("train-on-mismatch", "warning")]
 
 
 def test_newlines_that_the_tokenizer_loses_are_found(tmp_path: Path, lossy_tokenizer: Path, monkeypatch):

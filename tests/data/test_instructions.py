@@ -42,6 +42,11 @@ TEXTS = [
 ]
 
 
+def prompt(name: str, text: str, input: str = "") -> str:
+    """The prompt of a question, as text."""
+    return "".join(segment.text for segment in TEMPLATES[name].segments([Message("user", text, input=input)]))
+
+
 @pytest.mark.parametrize("name", ALPACA)
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("other", TEXTS)
@@ -49,17 +54,17 @@ def test_a_prompt_holds_the_users_text_as_it_is(name: str, text: str, other: str
     template = TEMPLATES[name]
     head, after_instruction = template.with_input.split("{instruction}")
     between, tail = after_instruction.split("{input}")
-    assert template.prompt(text, other) == head + text + between + other + tail
+    assert prompt(name, text, other) == head + text + between + other + tail
     head, tail = template.without_input.split("{instruction}")
-    assert template.prompt(text) == template.prompt(text, "") == head + text + tail
+    assert prompt(name, text) == prompt(name, text, "") == head + text + tail
 
 
 def test_the_japanese_prompt_to_the_letter():
-    assert TEMPLATES["alpaca-ja"].prompt("訳して。", "cat") == (
+    assert prompt("alpaca-ja", "訳して。", "cat") == (
         "以下は、タスクを説明する指示と、文脈のある入力の組み合わせです。要求を適切に満たす応答を書きなさい。\n\n"
         "### 指示:\n訳して。\n\n### 入力:\ncat\n\n### 応答:"
     )
-    assert TEMPLATES["alpaca-ja"].prompt("訳して。") == (
+    assert prompt("alpaca-ja", "訳して。") == (
         "以下は、タスクを説明する指示です。要求を適切に満たす応答を書きなさい。\n\n### 指示:\n訳して。\n\n### 応答:"
     )
 
@@ -75,10 +80,10 @@ def test_the_chat_template_renders_the_same_prompt(tokenizer_folder: Path, name:
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.chat_template = TEMPLATES[name].chat_template()
     question = {"role": "user", "content": text}
-    prompt = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-    assert prompt == TEMPLATES[name].prompt(text)
+    rendered = tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    assert rendered == prompt(name, text)
     whole = tokenizer.apply_chat_template([question, {"role": "assistant", "content": text}], tokenize=False)
-    assert whole == prompt + text + "</s>"
+    assert whole == rendered + text + "</s>"
 
 
 def test_the_chat_template_refuses_what_was_not_trained(tokenizer_folder: Path):
@@ -150,6 +155,29 @@ CHAT = [QUESTION, REPLY, Message("user", "海は？"), Message("assistant", "そ
             },
             [QUESTION, REPLY],
         ),
+        (
+            {"system": "短く答える。", "instruction": "空の色は？", "output": "青です。"},
+            [Message("system", "短く答える。"), QUESTION, REPLY],
+        ),
+        ({"system": "", "prompt": "空の色は？", "response": "青です。"}, [QUESTION, REPLY]),
+        (
+            {
+                "system": "短く答える。",
+                "conversations": [{"from": "human", "value": "空の色は？"}, {"from": "gpt", "value": "青です。"}],
+            },
+            [Message("system", "短く答える。"), QUESTION, REPLY],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "空の色は？"},
+                    {"role": "assistant", "content": "青です。", "weight": 0},
+                    {"role": "user", "content": "海は？", "weight": None},
+                    {"role": "assistant", "content": "それも青です。", "weight": 1},
+                ]
+            },
+            [QUESTION, Message("assistant", "青です。", train=False), *CHAT[2:]],
+        ),
     ],
 )
 def test_every_form_of_record_becomes_a_conversation(record: dict, expected: list[Message]):
@@ -176,6 +204,13 @@ def test_fields_name_the_columns_and_choose_the_form():
     record = {"q": "空の色は？", "context": None, "answer": "青です。", "messages": [{"role": "user", "content": "別"}]}
     fields = {"instruction": "q", "input": "context", "output": "answer"}
     assert columns_for(fields) == ["q", "context", "answer", *FIELDS[3:]]
+    assert messages_of(
+        {"q": "空の色は？", "p": "短く。", "a": "青です。"}, {"system": "p", "prompt": "q", "response": "a"}
+    ) == [
+        Message("system", "短く。"),
+        QUESTION,
+        REPLY,
+    ]
     assert messages_of(record, fields) == [QUESTION, REPLY]
     assert messages_of(record, {"prompt": "q", "response": "answer"}) == [QUESTION, REPLY]
     chat = [{"role": "user", "content": "空の色は？"}, {"role": "assistant", "content": "青です。"}]
@@ -221,6 +256,12 @@ def _chat(*turns: tuple[Any, Any]) -> dict:
         ({"messages": [{"from": "human", "value": "a"}]}, {}, "messages, turn 1: no role.*it has: from, value"),
         ({"conversations": [{"from": "human", "text": "a"}]}, {}, "conversations, turn 1: no value.*from, text"),
         ({"messages": [{"role": "user", "content": "a", "train": 1}]}, {}, "messages, turn 1: train is 1"),
+        ({"messages": [{"role": "user", "content": "a", "weight": 0.5}]}, {}, "messages, turn 1: weight is 0.5"),
+        ({"system": "s", **_chat(("system", "t"), ("user", "a"), ("assistant", "b"))}, {}, "both system and the first"),
+        ({"instruction": "a", "output": "b"}, {"instruction": "instruction", "system": "who"}, "no column who"),
+        ({"prompt": "a", "response": "<think>\n考え\n</think>\n\n"}, {}, "^empty reply$"),
+        ({"prompt": "a", "response": " <think>考え中"}, {}, "^unclosed <think>"),
+        ({"prompt": "a", "response": "<think>一</think><think>二"}, {}, "^unclosed <think>"),
     ],
 )
 def test_a_record_that_is_no_conversation_says_why(record: dict, fields: dict, message: str):
@@ -243,7 +284,7 @@ def test_the_question_is_what_stands_before_the_first_reply():
 
 def test_a_further_question_has_no_preamble():
     (first, _, stop, second, reply, _) = TEMPLATES["alpaca-ja"].segments(CHAT)
-    assert first.text == TEMPLATES["alpaca-ja"].prompt("空の色は？")
+    assert first.text == prompt("alpaca-ja", "空の色は？")
     assert (stop.text, stop.reply, stop.special) == ("eos", True, True)
     assert (second.text, second.reply) == ("\n\n### 指示:\n海は？\n\n### 応答:", False)
     assert (reply.text, reply.reply) == ("それも青です。", True)
@@ -262,8 +303,8 @@ def test_a_system_message_is_refused():
 def test_the_prompt_is_read_and_the_response_with_its_end_is_learned(tokenizer_folder: Path, bos: list[int]):
     stock = AutoTokenizer.from_pretrained(tokenizer_folder)
     messages = [Message("user", "朝の川は？"), Message("assistant", "霧が晴れて、山が見えた。")]
-    prompt, response = TEMPLATES["alpaca-ja"].prompt("朝の川は？"), "霧が晴れて、山が見えた。"
-    prompt_ids, response_ids = (stock(text, add_special_tokens=False)["input_ids"] for text in (prompt, response))
+    texts = prompt("alpaca-ja", "朝の川は？"), "霧が晴れて、山が見えた。"
+    prompt_ids, response_ids = (stock(text, add_special_tokens=False)["input_ids"] for text in texts)
     encode = BulkEncoder(tokenizer_folder)
     for train_on in ("responses", "last_response"):
         ((ids, mask),) = encode_conversations(

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from tsumugu.config import PrepareConfig, Source
 from tsumugu.data import prepare as module
 from tsumugu.data import store
-from tsumugu.data.instructions import TEMPLATES
+from tsumugu.data.instructions import TEMPLATES, Message
 from tsumugu.data.prepare import describe, prepare
 from tsumugu.errors import UserError
 
@@ -114,7 +114,8 @@ def test_the_prompt_is_not_supervised_and_the_response_with_its_end_is(
     assert opened.supervised
     expected = []
     for example in EXAMPLES:
-        prompt = TEMPLATES["alpaca-ja"].prompt(example["instruction"], example["input"])
+        question = [Message("user", example["instruction"], input=example["input"])]
+        prompt = "".join(segment.text for segment in TEMPLATES["alpaca-ja"].segments(question))
         prompt_ids, response_ids = _encode(tokenizer_folder, [prompt, example["output"]])
         expected.append((prompt_ids + response_ids + [2], [False] * len(prompt_ids) + [True] * (len(response_ids) + 1)))
     assert sorted(_documents(opened.train) + _documents(opened.validation)) == sorted(expected)
@@ -197,6 +198,52 @@ def test_examples_that_are_too_long_are_shortened_as_asked_and_counted(tmp_path:
         assert documents[-1][1].any()  # the short one
         replied = sum(int(mask.sum()) for _, mask in documents[:-1])
         assert replied == documents[-1][1].sum()  # the whole reply, and the stop token
+
+
+@pytest.mark.usefixtures("_small_tasks")
+@pytest.mark.parametrize("too_long", ["truncate_prompt", "split"])
+def test_rows_that_shortening_makes_equal_are_not_both_trained_on_and_held_out(
+    tmp_path: Path, make: Callable, too_long: str
+):
+    """Texts that differ at their beginning alone, or replies of which a stretch repeats."""
+    records = [{"prompt": f"{n}{'川' * 150}", "response": "山" * 90 + str(n) * (n % 2)} for n in range(60)]
+    settings = {"kind": "instructions", "template": "plain", "validation_share": 0.3, "max_length": 150}
+    manifest = make(_write_lines(tmp_path / "a.jsonl", records), too_long=too_long, **settings)
+    opened = store.open_store(tmp_path / "store")
+    train, held_out = ([tuple(ids) for ids, _ in _documents(split)] for split in (opened.train, opened.validation))
+    assert held_out
+    assert train
+    assert not set(train) & set(held_out)
+    dropped = manifest["sources"]["only"]["dropped: rows that equal validation rows once shortened"]
+    assert dropped > 0
+    assert manifest["sources"]["only"]["documents"] == len(train) + len(held_out)
+
+
+def test_replies_that_a_template_does_not_let_one_learn_are_counted(tmp_path: Path, make: Callable):
+    turns = [{"role": role, "content": f"{n}{role}"} for n in range(3) for role in ("user", "assistant")]
+    path = _write_lines(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    (tmp_path / "own.yaml").write_text("without_input: '{instruction}>'\nearlier_replies: without_stop\n")
+    settings = {"kind": "instructions", "template": str(tmp_path / "own.yaml"), "validation_share": 0.0}
+    assert "2 not learned: earlier replies" in describe(make(path, **settings))
+    assert "not learned" not in describe(make(path, output="last", train_on="last_response", **settings))
+    assert "not learned" not in describe(make(path, output="all", **settings | {"template": "alpaca-ja"}))
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path, make: Callable, examples: Path):
+    (tmp_path / "own.yaml").write_text(
+        "without_input: '<s>{instruction}'\nspecial_tokens: ['<s>']\nseveral_turns: no\n"
+    )
+    settings = {"kind": "instructions", "template": str(tmp_path / "own.yaml")}
+    make(examples, **settings)
+    rows = _documents(store.open_store(tmp_path / "store").train)
+    assert all(ids[0] == 1 != ids[1] for ids, _ in rows)
+    with pytest.raises(UserError, match=r"add_bos is set, but template .* writes bos by itself"):
+        make(examples, output="twice", add_bos=True, **settings)
+
+
+def test_cutting_prompts_that_are_learned_is_refused(make: Callable, examples: Path):
+    with pytest.raises(UserError, match="truncate_prompt with train_on everything"):
+        make(examples, kind="instructions", max_length=50, too_long="truncate_prompt", train_on="everything")
 
 
 @pytest.mark.usefixtures("_small_tasks")

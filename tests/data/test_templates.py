@@ -1,5 +1,6 @@
 """Every template: its published form to the letter, stock transformers' ids and mask of it, its tokens."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,17 @@ def test_a_space_in_front_of_every_text_is_not_put_in_front_of_replies(real: Pat
     assert prompt == stock.apply_chat_template(as_dicts(messages[:-1]), **text)["input_ids"]
 
 
+def test_the_exported_alpaca_template_gives_the_prompt_of_training_whose_reply_is_encoded_for_itself(real: Path):
+    stock = AutoTokenizer.from_pretrained(real)
+    stock.chat_template = jinja_of(TEMPLATES["alpaca-ja"], False)
+    text = {"tokenize": True, "add_generation_prompt": True}
+    prompt = stock.apply_chat_template(as_dicts([QUESTION]), **text)["input_ids"]
+    ids, mask = ours("alpaca-ja", real, [QUESTION, REPLY])
+    assert ids[mask == 0].tolist() == prompt
+    assert ids[mask == 1].tolist() == [*stock(REPLY.content, add_special_tokens=False)["input_ids"], stock.eos_token_id]
+    assert stock.apply_chat_template(as_dicts([QUESTION, REPLY]))["input_ids"] != ids.tolist()
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +365,31 @@ def test_a_template_of_ones_own(tokenizer_folder: Path, tmp_path: Path):
         ("without_input: '{system}{instruction}'", "there is no system"),
         ("without_input: '{instruction}'\ndefault_system: a", "default_system without system"),
         ("without_input: '{instruction}\\n'", "a backslash and an n.*double quotes"),
+        ("without_input: '{instruction}'\nassistant: 'a\\n'", "assistant has a backslash"),
+        ("without_input: '{instruction}'\nafter_stop: '\\n'", "after_stop has a backslash"),
+        ("without_input: '{instruction}'\nnewline: '\\n'", "newline has a backslash"),
+        ("without_input: '{instruction}'\nsystem: '{content}'\ndefault_system: 'a\\n'", "default_system has a back"),
+        ("without_input: '{instruction}'\nspecial_tokens: ['<a>\\n']", "special_tokens has a backslash"),
+        ("without_input: ''", r"must have \{instruction\} once"),
+        ("without_input: '{instruction}{input}'", r"without_input has \{input\}"),
+        ("without_input: '{instruction} {question}'", r"without_input has \{question\}.*may have \{instruction\}"),
+        ("without_input: '{ instruction }{instruction}'", r"has \{ instruction \}"),
+        ("without_input: '{instruction}'\nassistant: '{content}'", r"assistant has \{content\}"),
+        ("without_input: '{instruction}'\nsystem: '{content}{instruction}'", r"system has \{instruction\}"),
+        ("without_input: '{instruction}'\nsystem: '{content}'\ndefault_system: '{content}'", "default_system has"),
+        (
+            "without_input: '{instruction}'\nsystem: '{content}'\nnext_without_input: '{system}{instruction}'",
+            r"next_without_input has \{system\}",
+        ),
+        ("without_input: '{system}{system}{instruction}'\nsystem: '{content}'", r"without_input has \{system\}"),
+        (
+            "without_input: '{system}{instruction}'\nsystem: '{content}'\nwith_input: '{instruction}{input}'",
+            r"only one has \{system\}",
+        ),
+        (
+            "without_input: '{instruction}'\nsystem: '{content}'\nwith_input: '{system}{instruction}{input}'",
+            r"only one has \{system\}",
+        ),
         ("a", "holds no template"),
         ("a: [", "own.yaml:1: not YAML|not YAML"),
     ],
@@ -361,6 +398,24 @@ def test_a_template_that_cannot_be_read_says_why(text: str, message: str, tmp_pa
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         find_template(str(tmp_path / "own.yaml"))
+
+
+@pytest.mark.parametrize("name", ["instruction-tuning.md", "instruction-tuning.ja.md"])
+def test_every_key_is_in_the_documentation(name: str):
+    text = (Path(__file__).parents[2] / "docs" / name).read_text(encoding="utf-8")
+    assert [field.name for field in dataclasses.fields(Template) if f"`{field.name}`" not in text] == []
+
+
+def test_newlines_of_a_system_message_are_spelt_where_it_stands_inside_too(tokenizer_folder: Path, tmp_path: Path):
+    form = "without_input: '{system}{instruction}'\nsystem: '{content}/'\nnewline: '<NL>'\ntext_tokens: ['<NL>']\n"
+    (tmp_path / "own.yaml").write_text(form)
+    template = find_template(str(tmp_path / "own.yaml"))
+    messages = [Message("system", "短く\n答える。"), Message("user", "空\nは？"), REPLY]
+    assert "".join(segment.text for segment in template.segments(messages)) == "短く<NL>答える。/空<NL>は？青です。eos"
+    stock = AutoTokenizer.from_pretrained(tokenizer_folder)
+    stock.chat_template = jinja_of(template, False)
+    rendered = stock.apply_chat_template(as_dicts(messages), tokenize=False)
+    assert rendered == "短く<NL>答える。/空<NL>は？青です。</s>"
 
 
 def test_a_form_that_spells_an_unlisted_special_token_is_refused(tokenizer_folder: Path, tmp_path: Path):
@@ -414,6 +469,41 @@ def test_the_tokenizers_own_template_with_and_without_markers(
     assert (ids.tolist(), mask.tolist()) == (built_in.tolist(), its_mask.tolist())
     last = ours("chat", folder, messages, "last_response")[1]
     assert last.tolist() == ours("chatml", folder, messages, "last_response", bos=True)[1].tolist()
+
+
+HEADER_MARKED = _TURNS.replace(
+    "<|im_start|>assistant\n%s", "{% generation %}<|im_start|>assistant\n{{ m.content }}<|im_end|>{% endgeneration %}\n"
+)
+NO_PROMPT = PLAIN_TURNS.replace("{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+THOUGHTS_UNMARKED = _TURNS.replace(
+    "%s", "<think>\n\n</think>\n\n{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n"
+)
+# as Llama 2's: nothing stands in front of a reply but the question
+HEADLESS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("jinja", "message"),
+    [
+        (HEADER_MARKED, "does not begin where its generation prompt ends.*chatml"),
+        (NO_PROMPT, r"ignores add_generation_prompt, and begins a reply with '<\|im_start\|>assistant.*chatml"),
+        (THOUGHTS_UNMARKED, "does not begin where its generation prompt ends.*qwen3"),
+    ],
+)
+def test_a_chat_template_whose_replies_begin_elsewhere_than_generation_does_is_refused(
+    jinja: str, message: str, markers: Path, tmp_path: Path
+):
+    with pytest.raises(UserError, match=message):
+        find_template("chat", with_chat_template(markers, tmp_path / "t", jinja))
+
+
+def test_a_chat_template_without_anything_in_front_of_a_reply_needs_no_generation_prompt(markers: Path, tmp_path: Path):
+    folder = with_chat_template(markers, tmp_path / "t", HEADLESS)
+    segments = find_template("chat", folder).segments([QUESTION, REPLY])
+    assert "".join(segment.text for segment in segments if segment.reply) == " 青です。 </s>"
 
 
 QWEN_LIKE = _TURNS.replace("%s", "{% if loop.last %}<think>\n</think>{% endif %}{{ m.content }}<|im_end|>\n")

@@ -135,3 +135,12 @@ def test_recomputation_and_offloading_are_named():
 def test_what_a_selectively_recomputed_layer_keeps_cannot_be_offloaded():
     with pytest.raises(UserError, match="cannot move what activation_checkpointing selective keeps"):
         ParallelConfig(offload_activations=True, activation_checkpointing="selective")
+
+
+def test_layers_split_by_tensor_parallelism_are_compiled_where_torch_can(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
+    assert said(DEVICES["H100"], tensor_degree=2)["compile"].startswith("no (torch 2.13.0+cu130 does not compile")
+    with pytest.raises(UserError, match=r"compile is true, but torch 2\.13\.0\+cu130 does not"):
+        decide(ParallelConfig(tensor_degree=2, compile=True), DEVICES["H100"])
+    monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
+    assert said(DEVICES["H100"], tensor_degree=2)["compile"].startswith("every decoder layer")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import exact_models, stock_model, tiny_config
+from support.models import VOCABULARY, exact_models, stock_model, tiny_config
 from support.ranks import run_ranks
 from support.runs import run_config, whole
 from support.stores import random_documents, write_store
@@ -36,8 +36,14 @@ MODELS = {
     "qwen3 tied": ("qwen3", True, {}),
     "bloom tied": ("bloom", True, {}),
 }
+# Their vocabulary is even, so that it can be split by tensor parallelism. In one the row that never learns is in use.
+SPLIT = {
+    f"{name}, split": (architecture, tied, {**changes, "vocab_size": VOCABULARY + 1})
+    for name, (architecture, tied, changes) in (MODELS | {"qwen3": ("qwen3", False, {"pad_token_id": 9})}).items()
+    if architecture in ("gpt_neox", "llama", "qwen3")
+}
 PACKINGS = ("pad_left", "concatenate")
-# (shard, replicate)
+# (shard, replicate) or (shard, replicate, tensor)
 MESHES = {
     "1": (1, 1),
     "shard 2": (2, 1),
@@ -46,6 +52,7 @@ MESHES = {
     "2 × 2": (2, 2),
     "replicate 4": (1, 4),
 }
+SPLIT_MESHES = {"tensor 2": (1, 1, 2), "shard 2 × tensor 2": (2, 1, 2), "replicate 2 × tensor 2": (1, 2, 2)}
 KEEPING = {
     "by default": {},
     "gathered once": {"parallel.reshard_after_forward": "never"},
@@ -70,10 +77,20 @@ class Case(NamedTuple):
 
     @property
     def processes(self) -> int:
-        return math.prod(MESHES[self.mesh])
+        return math.prod((MESHES | SPLIT_MESHES)[self.mesh])
 
 
 CHOICES = (tuple(MODELS), PACKINGS, tuple(MESHES), (1, 2, 4), ("none", "selective", "full"))
+SPLIT_CHOICES = (tuple(SPLIT), PACKINGS, tuple(SPLIT_MESHES), *CHOICES[3:])
+SPLIT_CASES = [
+    Case("gpt_neox parallel, split", "pad_left", "shard 2 × tensor 2", 2, "none", "by default"),
+    Case("gpt_neox sequential, split", "concatenate", "shard 2 × tensor 2", 1, "selective", "gathered once"),
+    Case("llama, split", "pad_left", "shard 2 × tensor 2", 1, "full", "gathered ahead"),
+    Case("llama, split", "concatenate", "tensor 2", 2, "none", "by default"),
+    Case("qwen3 tied, split", "concatenate", "replicate 2 × tensor 2", 2, "selective", "every second recomputed"),
+    Case("qwen3, split", "pad_left", "tensor 2", 1, "full", "on the host"),
+    Case("qwen3, split", "concatenate", "shard 2 × tensor 2", 1, "none", "on the host"),
+]
 COMPILED = [Case("gpt_neox parallel", "pad_left", "1", 2, "selective", "by default", True)]
 
 
@@ -88,10 +105,14 @@ def pairwise(choices: list[Case]) -> list[Case]:
 
 
 def cases() -> list[Case]:
-    few = pairwise([Case(*values) for values in itertools.product(*CHOICES, KEEPING)]) + COMPILED
+    few = pairwise([Case(*values) for values in itertools.product(*CHOICES, KEEPING)]) + SPLIT_CASES + COMPILED
     if os.environ.get("TSUMUGU_EQUIVALENCE") != "all":
         return few
-    every = [Case(*values) for values in itertools.product(*CHOICES, ["by default"], [False, True])]
+    every = [
+        Case(*values)
+        for choices, compiled in ((CHOICES, [False, True]), (SPLIT_CHOICES, [False]))
+        for values in itertools.product(*choices, ["by default"], compiled)
+    ]
     return list(dict.fromkeys(every + few))
 
 
@@ -99,10 +120,13 @@ CASES = cases()
 
 
 def with_dtypes(cases: list[Case]) -> list[tuple[Case, str]]:
-    """Every case in what it is computed in: both, but where few are taken and compiling takes longest."""
+    """Every case in what it is computed in: both, but where few are taken and compiling or splitting takes longest."""
     few = len(CASES) < 100
     return [
-        (case, d) for case in cases for d in ("float64", "float32") if not (few and case.compiled and d == "float32")
+        (case, d)
+        for case in cases
+        for d in ("float64", "float32")
+        if not (few and (case.compiled or case.model in SPLIT) and d == "float32")
     ]
 
 
@@ -142,7 +166,7 @@ def stream() -> list[int]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of every architecture, and a store of every packing."""
     folder = tmp_path_factory.mktemp("equivalence")
-    for name, (architecture, tied, changes) in MODELS.items():
+    for name, (architecture, tied, changes) in (MODELS | SPLIT).items():
         stock_model(tiny_config(architecture, tied, **changes)).save_pretrained(folder / name)
     ids, masks = documents()
     write_store(folder / "pad_left", ids, masks=masks)
@@ -159,7 +183,8 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> Results:
     results = {}
     with process_group() as environment, exact_models():
         for case, dtype in with_dtypes(cases):
-            shard, replicate = MESHES[case.mesh]
+            shard, replicate, *tensor = (MESHES | SPLIT_MESHES)[case.mesh]
+            reading = shard * replicate  # processes, or groups of them, that read different rows
             changes = {
                 "model.pretrained": str(folder / case.model),
                 "tokenizer.path": str(folder / case.packing / "tokenizer"),
@@ -167,7 +192,7 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> Results:
                 "data.sequence_length": WIDTH,
                 "train.max_epochs": 1.0,
                 "train.global_batch_size": BATCH,
-                "train.micro_batch_size": BATCH // case.processes // case.accumulation,
+                "train.micro_batch_size": BATCH // reading // case.accumulation,
                 "train.seed": SEED,
                 "train.dtype": dtype,
                 "optimizer.learning_rate": LEARNING_RATE,
@@ -177,6 +202,7 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> Results:
                 "schedule.min_learning_rate": FLOOR,
                 "parallel.shard_degree": shard,
                 "parallel.replicate_degree": replicate,
+                "parallel.tensor_degree": math.prod(tensor),
                 "parallel.activation_checkpointing": case.recomputed,
                 "parallel.compile": case.compiled,
                 **KEEPING[case.keeping],
@@ -270,8 +296,7 @@ def largest_difference(result: Result, expected: Result) -> float:
     )
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "packing"), sorted({(case.model, case.packing) for case in CASES}))
 def test_every_case_trains_as_a_plain_loop_does(model: str, packing: str, folder: Path, results: Results):
     with exact_models():
         expected = reference(folder, model, packing)

@@ -40,7 +40,7 @@ def growth(folder: str, initialise: bool) -> tuple[float, float]:
     model_config = build.read_config(folder)
     world_size = torch.distributed.get_world_size()
     mesh, cpu = build_mesh(ParallelConfig(), world_size, "cpu"), torch.device("cpu")
-    build.count_parameters(model_config)  # what transformers imports on its way
+    build.weight_bytes(model_config, torch.float32)  # what transformers imports on its way
     before = peak = anonymous_memory()
     done = threading.Event()
 

@@ -27,11 +27,13 @@ from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.export import export
+from tsumugu.model import masters, nf4
 from tsumugu.training import checkpoint
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Outcome, Trainer, train
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
 
 MODELS = {"gpt_neox": False, "gpt2": True, "llama": False, "qwen3": True}  # tied
 LINEAR = {
@@ -43,7 +45,7 @@ LINEAR["qwen3"] = LINEAR["llama"]
 EMBEDDING = {"gpt_neox": "gpt_neox.embed_in", "gpt2": "transformer.wte", "llama": "model.embed_tokens"}
 EMBEDDING["qwen3"] = EMBEDDING["llama"]
 NEW = {131: [5, 9], 132: [], 133: [5, 9]}  # the last stands for the first
-MESHES = {"1": (1, 1), "shard 2": (2, 1), "replicate 2": (1, 2)}
+MESHES = {"1": (1, 1), "shard 2": (2, 1), "replicate 2": (1, 2), "2 × 2": (2, 2), "shard 4": (4, 1)}
 STEPS, WIDTH, LEARNING_RATE, DECAY, CLIP, SEED, RANK, ALPHA = 5, 24, 1e-2, 0.1, 0.3, 7, 3, 12.0
 
 
@@ -57,11 +59,16 @@ class Case(NamedTuple):
     recomputed: str = "none"
     compiled: bool = False
     targets: tuple[str, ...] | None = None
+    quantize: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The folder of its model."""
+        return f"{self.model} of 64" if self.quantize else self.model
 
 
 CASES = [
     Case("gpt_neox", "plain", "best_fit"),
-    Case("gpt_neox", "plain", "best_fit", recomputed="full", compiled=True),
     Case("gpt_neox", "extended", "pad_left", recomputed="selective"),
     Case("gpt_neox", "plain", "best_fit", "shard 2"),
     Case("gpt_neox", "extended", "best_fit", "shard 2", "full"),
@@ -70,6 +77,11 @@ CASES = [
     Case("llama", "plain", "best_fit", "replicate 2", targets=("q_proj", "v_proj")),
     Case("qwen3", "extended", "best_fit"),
     Case("qwen3", "extended", "best_fit", "shard 2", "selective"),
+    Case("gpt_neox", "plain", "best_fit", recomputed="full", compiled=True, quantize="nf4"),
+    Case("gpt_neox", "extended", "best_fit", "shard 2", quantize="nf4"),
+    Case("gpt_neox", "extended", "best_fit", "2 × 2"),
+    Case("gpt_neox", "extended", "best_fit", "shard 4", quantize="nf4"),
+    Case("llama", "extended", "best_fit", "replicate 2", "selective", targets=("q_proj",), quantize="nf4"),
 ]
 
 
@@ -90,6 +102,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     for name, tied in MODELS.items():
         stock_model(tiny_config(name, tied)).save_pretrained(folder / name)
+    for name in ("gpt_neox", "llama"):  # as NF4 needs it
+        wide = tiny_config(name, MODELS[name], hidden_size=64, intermediate_size=128)
+        stock_model(wide).save_pretrained(folder / f"{name} of 64")
     for name, new in (("plain", False), ("made", True)):
         ids, masks = documents(new)
         write_store(folder / name, ids, ids[:3], masks=masks)
@@ -141,14 +156,15 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> dict[Case, Resu
             changes = {
                 "data.packing": case.packing,
                 "train.global_batch_size": 8 if case.packing == "best_fit" else 16,
+                "train.micro_batch_size": min(4, 8 // environment.world_size),
                 "train.dtype": "float64",
                 "parallel.shard_degree": shard,
                 "parallel.replicate_degree": replicate,
                 "parallel.activation_checkpointing": case.recomputed,
                 "parallel.compile": case.compiled,
             }
-            lora = {"targets": list(case.targets)} if case.targets else {}
-            config = config_of(folder, case.model, case.store, lora, **changes)
+            lora = {"targets": list(case.targets) if case.targets else None, "quantize": case.quantize}
+            config = config_of(folder, case.base, case.store, lora, **changes)
             trainer = Trainer(config, run_dir, environment)
             start, steps = trained(trainer.model), []
             for _ in range(STEPS):
@@ -161,12 +177,15 @@ def train_all(folder: Path, run_dir: Path, cases: list[Case]) -> dict[Case, Resu
     return results
 
 
+def cases_of(processes: int) -> list[Case]:
+    return [case for case in CASES if math.prod(MESHES[case.mesh]) == processes]
+
+
 @pytest.fixture(scope="module")
-def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Result]:
+def results(folder: Path, pair: "Pair", tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Result]:
     run_dir = tmp_path_factory.mktemp("runs")
-    alone = [case for case in CASES if case.mesh == "1"]
-    found = train_all(folder, run_dir, alone)
-    return found | run_ranks(train_all, 2, folder, run_dir, [case for case in CASES if case not in alone])[0]
+    found = train_all(folder, run_dir, cases_of(1))
+    return found | pair.results | run_ranks(train_all, 4, folder, run_dir, cases_of(4))[0]
 
 
 def base_model(folder: Path, name: str, store: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -181,8 +200,20 @@ def base_model(folder: Path, name: str, store: str, dtype: torch.dtype) -> PreTr
     return model
 
 
+def through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    """What bitsandbytes itself makes of a weight."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    held, state = quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")
+    return dequantize_4bit(held, state).to(weight.dtype)
+
+
 def with_peft(folder: Path, case: Case) -> torch.nn.Module:
-    model = base_model(folder, case.model, case.store, torch.float64)
+    model = base_model(folder, case.base, case.store, torch.float64)
+    if case.quantize:
+        for name, parameter in model.named_parameters():
+            if name.endswith(tuple(f"{part}.weight" for part in LINEAR[case.model])):
+                parameter.data = through_nf4(parameter.data)
     new = None
     if case.store == "extended":
         new = {EMBEDDING[case.model]: list(NEW)} | ({} if MODELS[case.model] else {"lm_head": list(NEW)})
@@ -249,7 +280,7 @@ def test_adapters_start_as_those_of_peft_and_alike_on_every_mesh(results: dict[C
                 assert 0.8 * bound < weight.abs().max() <= bound
                 assert abs(weight.std() * math.sqrt(3) / bound - 1) < 0.2
             if case.targets is None:
-                torch.testing.assert_close(weight, first.setdefault((case.model, name), weight), rtol=0, atol=0)
+                torch.testing.assert_close(weight, first.setdefault((case.base, name), weight), rtol=0, atol=0)
     drawn = [w for (model, name), w in first.items() if model == "gpt_neox" and "lora_A" in name]
     assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i] if a.shape == b.shape)
 
@@ -266,14 +297,73 @@ def test_frozen_weights_have_the_dtype_of_the_computation_and_no_moments(folder:
         for name, parameter in trainer.model.named_parameters():
             if not parameter.requires_grad:
                 assert torch.equal(whole(parameter), stock[name.replace(".base_layer", "")])
-        assert dtypes == {False: {torch.bfloat16}, True: {torch.float32}}
+        assert dtypes == {False: {torch.bfloat16}, True: {torch.bfloat16}}
+        assert {master.whole().dtype for p in trained(trainer.model).values() if (master := masters.of(p))} == {
+            torch.float32
+        }
         assert len(trainer.optimizer.state) == len(trained(trainer.model)) == 2 * 4 * 2
-    losses = [line["loss"] for line in figures(tmp_path / "run") if "loss" in line]
+        norms = sum(weight.square().sum().item() for weight in trained(trainer.model).values())
+    steps = [line for line in figures(tmp_path / "run") if "loss" in line]
+    losses = [line["loss"] for line in steps]
     assert losses == sorted(losses, reverse=True)
+    for line in steps:  # of what is trained
+        parts = {name.partition("/")[2] for name in line if name.startswith("parameter_norm/")}
+        assert parts == {"layer.0", "layer.1"}
+        both = math.hypot(line["grad_norm/layer.0"], line["grad_norm/layer.1"])
+        assert both == pytest.approx(line["grad_norm"], rel=1e-5)
+    assert steps[-1]["parameter_norm"] == pytest.approx(math.sqrt(norms), rel=0.1)  # a step earlier
     held = checkpoint.read_metadata(checkpoint.folder(tmp_path / "run", STEPS)).state_dict_metadata
     weights = [name for name in held if name.startswith("model.")]
     assert len(weights) == 2 * 4 * 2
     assert all(".lora_" in name for name in held if ".exp_avg" in name or name in weights)
+
+
+def nf4_in_bfloat16(folder: Path, run_dir: Path) -> tuple[dict[str, torch.Tensor], int]:
+    """After some steps the frozen weights as they are used, by transformers' names; and the bytes of all layers."""
+    config = config_of(folder, "llama of 64", "plain", {"quantize": "nf4"}, **{"train.dtype": "bfloat16"})
+    with process_group() as environment:
+        trainer = Trainer(config, run_dir, environment)
+        trainer.train_step(StopRequest())
+        used = {}
+        for name, parameter in trainer.model.named_parameters():
+            if name.endswith("codes"):
+                scales = whole(trainer.model.get_parameter(name.removesuffix("codes") + "scales"))
+                codes, scales = whole(parameter).view(torch.uint8), scales.view(torch.float32)
+                used[name.replace(".base_layer.codes", ".weight")] = nf4.dequantize(codes, scales, torch.bfloat16)
+            elif not parameter.requires_grad and "scales" not in name:
+                used[name] = whole(parameter)
+        layers = [p for n, p in trainer.model.named_parameters() if "layers" in n and not p.requires_grad]
+        return used, sum(whole(parameter).nbytes for parameter in layers)
+
+
+def test_nf4_in_bfloat16_holds_four_and_a_half_bits_a_weight_and_none_is_rounded_on_its_way(
+    folder: Path, pair: "Pair", tmp_path: Path
+):
+    stock = AutoModelForCausalLM.from_pretrained(folder / "llama of 64").state_dict()
+    for used, size in (nf4_in_bfloat16(folder, tmp_path), pair.nf4):
+        assert used.keys() == stock.keys()
+        for name, weight in stock.items():
+            linear = name.endswith(tuple(f"{part}.weight" for part in LINEAR["llama"]))
+            expected = through_nf4(weight) if linear else weight
+            assert torch.equal(used[name], expected.bfloat16())
+        weights = sum(w.numel() for name, w in stock.items() if name.endswith("proj.weight"))
+        assert size == weights * (4 + 32 / 64) / 8 + 2 * 2 * 64 * 2  # and two norms a layer
+
+
+def test_nf4_is_refused_where_it_cannot_be(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match=r"needs layers with a multiple of 64 inputs; attention\S+ has 32"):
+        train(config_of(folder, "gpt_neox", "plain", {"quantize": "nf4"}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"knows linear layers alone, and attn\.c_attn is a Conv1D"):
+        train(config_of(folder, "gpt2", "plain", {"quantize": "nf4"}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"model\.lora has no rank"):
+        LoraConfig(quantize="nf4")
+    config = config_of(folder, "llama of 64", "plain", {"quantize": "nf4"})
+    monkeypatch.setattr(nf4, "dequantize", lambda codes, scales, dtype: torch.zeros(len(codes), 2 * codes.shape[1]))
+    with pytest.raises(UserError, match="bitsandbytes computes other weights on cpu"):
+        train(config, tmp_path / "run")
+    monkeypatch.setattr(nf4.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    with pytest.raises(UserError, match=r"needs the bitsandbytes package .pip install"):
+        train(config, tmp_path / "run")
 
 
 def run_and_resume(folder: Path, output: Path) -> None:
@@ -300,9 +390,26 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "whole"
 
 
-def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(folder: Path, run: Path, tmp_path: Path):
-    run_ranks(run_and_resume, 2, folder, tmp_path)
-    for place in (run.parent, tmp_path):
+class Pair(NamedTuple):
+    """What two processes found, and the folder of their runs."""
+
+    results: dict[Case, Result]
+    nf4: tuple[dict[str, torch.Tensor], int]
+    output: Path
+
+
+def as_a_pair(folder: Path, output: Path) -> Pair:
+    run_and_resume(folder, output)
+    return Pair(train_all(folder, output / "cases", cases_of(2)), nf4_in_bfloat16(folder, output / "nf4"), output)
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return run_ranks(as_a_pair, 2, folder, tmp_path_factory.mktemp("pair"))[0]
+
+
+def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(run: Path, pair: Pair, tmp_path: Path):
+    for place in (run.parent, pair.output):
         for step in (4, STEPS):
             expected = adapter_of(f"{place}/whole@{step}", tmp_path / f"{place.name} {step}")
             found = adapter_of(f"{place}/stopped@{step}", tmp_path / f"{place.name} {step} stopped")
@@ -369,9 +476,20 @@ def test_another_base_model_is_refused_and_the_same_elsewhere_is_not(folder: Pat
     assert not (tmp_path / "export").exists()
 
 
-def train_and_export(folder: Path, model: str, store: str, output: Path) -> torch.Tensor:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rank", 2), ("alpha", 6.0), ("dropout", 0.2), ("targets", ["dense"]), ("quantize", "nf4")],
+)
+def test_other_adapters_are_not_resumed(key: str, value: Any, folder: Path, run: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(nf4, "check", lambda layers, device: None)  # whose layers are too narrow
+    config = config_of(folder, "gpt_neox", "extended", {"dropout": 0.1, key: value}, **{"train.dtype": "bfloat16"})
+    with pytest.raises(UserError, match=rf"another run: model\.lora\.{key} was"):
+        train(config, run)
+
+
+def train_and_export(folder: Path, model: str, store: str, output: Path, quantize: str | None = None) -> torch.Tensor:
     """The logits of the trained model, which is exported in every form."""
-    config = config_of(folder, model, store)
+    config = config_of(folder, model, store, {"quantize": quantize})
     with process_group() as environment:
         trainer = Trainer(config, output / "run", environment)
         trainer.train(StopAfter(None))
@@ -405,6 +523,29 @@ def test_the_merged_model_is_the_adapter_loaded_by_peft(model: str, store: str, 
     halved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto").state_dict()
     for name, weight in merged.state_dict().items():  # rounded once, after the sum
         assert torch.equal(halved[name], weight.bfloat16())
+
+
+def test_the_merged_model_is_the_adapter_loaded_by_peft_beside_what_bitsandbytes_holds_in_nf4(
+    folder: Path, tmp_path: Path
+):
+    expected = train_and_export(folder, "llama of 64", "plain", tmp_path, "nf4")
+    inputs = torch.tensor(documents(False)[0][:1])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "float32").eval()
+    readme = (tmp_path / "adapter" / "README.md").read_text()
+    (held,) = [line for line in readme.splitlines() if line.startswith("held = ")]
+    names: dict[str, Any] = {}
+    exec(f"import torch\nfrom transformers import BitsAndBytesConfig\n{held}", names)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "llama of 64", quantization_config=names["held"], dtype=torch.float32, device_map="cpu"
+    )
+    # as in training: else bitsandbytes has a faster kernel on some processors, which rounds
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").train()
+    exact = AutoModelForCausalLM.from_pretrained(folder / "llama of 64").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(inputs).logits, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded(inputs).logits, expected, rtol=0, atol=1e-5)
+        beside = peft.PeftModel.from_pretrained(exact, tmp_path / "adapter").eval()
+        assert (beside(inputs).logits - expected).abs().max() > 0.01
 
 
 def test_what_cannot_be_adapted_is_refused(folder: Path, tmp_path: Path):

@@ -90,7 +90,15 @@ def test_building_that_runs_out_is_said_so(made: Path, tmp_path: Path, monkeypat
 
 
 def test_savings_by_hand_and_the_cheapest_first(made: Path):
-    memory = Memory(weights=4 * GIB, gradients=4 * GIB, moments=8 * GIB, logits=6 * GIB, activations=34 * GIB, unused=0)
+    memory = Memory(
+        weights=4 * GIB,
+        trained=4 * GIB,
+        gradients=4 * GIB,
+        moments=8 * GIB,
+        logits=6 * GIB,
+        activations=34 * GIB,
+        unused=0,
+    )
     config = config_of(made, **{"parallel.shard_degree": 2})
     found = {change.setting: change.saves / GIB for change in changes(config, memory, world_size=8)}
     assert found == pytest.approx(

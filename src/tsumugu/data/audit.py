@@ -8,7 +8,6 @@ then begin and end so. Nothing here changes a store.
 import dataclasses
 import functools
 import itertools
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -21,7 +20,14 @@ import numpy as np
 
 from tsumugu.data.store import Split, Store, open_store
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import Contract, check_contract, new_rows, read_contract
+from tsumugu.tokenizer.contract import (
+    Contract,
+    check_contract,
+    marks_replies,
+    new_rows,
+    read_chat_template,
+    read_contract,
+)
 
 # A defect of a program touches nearly every row; one of a few records touches a few. Above this share of the rows a
 # finding blocks, below it warns.
@@ -159,7 +165,7 @@ def audit(path: Path, rows: int = 3, model: Path | None = None) -> Report:
         UserError: No store there, or files that do not belong together.
     """
     store = open_store(path)
-    audited = _Audit(store, _tokenizer_findings(store, model, thorough=True))
+    audited = _Audit(store, _tokenizer_findings(store, model, thorough=True), model)
     for name, split in (("train", store.train), ("validation", store.validation)):
         for block in _blocks(name, split, range(split.documents), audited.supervised):
             audited.take(block)
@@ -210,9 +216,12 @@ class _Form:
     """How replies stand in a conversation: what is in front of each, the token at which it stops, what follows that.
 
     Attributes:
-        lead, after: Ids; as many of those in front as are the same whatever the question is.
+        lead, after: Ids; as many at the end of a prompt of generation as are the same whatever the question is.
         lead_text: The last line that the template writes in front of a reply.
-        newlines: Whether the template writes newlines.
+        misplaced: Why replies, as the chat template has them, do not begin where a generated one would.
+        begins_with_bos: Whether the template itself writes a bos token; own_chat: whether it is the tokenizer's own.
+        learns_earlier: Whether replies before the last one are replies.
+        newlines: Whether the template writes newlines; spells_newlines: whether it has a token for those in texts.
         unknown: Whether the tokenizer has no token for a part of what the template writes.
         split_markers: Markers such as <|im_end|> that are not one token.
     """
@@ -221,7 +230,12 @@ class _Form:
     stop: int
     after: tuple[int, ...]
     lead_text: str
+    misplaced: UserError | None
+    begins_with_bos: bool
+    own_chat: bool
+    learns_earlier: bool
     newlines: bool
+    spells_newlines: bool
     unknown: bool
     split_markers: tuple[str, ...]
 
@@ -232,8 +246,17 @@ _QUESTIONS = ("日本の首都はどこですか？", "Is it large", "一覧に�
 
 def _form_of(template: Any, folder: Path, tokenizer: Any, contract: Contract) -> _Form:
     """All that an audit knows of templates: from rendering and encoding some questions, as `tsumugu prepare` does."""
-    from tsumugu.data.instructions import Message, encode_conversations, find_template
+    from tsumugu.data.instructions import (
+        Message,
+        encode_conversations,
+        find_template,
+        learns_earlier_replies,
+        prompt_ids,
+        writes_bos,
+    )
+    from tsumugu.data.instructions.chat import ChatTemplate
     from tsumugu.data.instructions.encode import special_ids
+    from tsumugu.data.instructions.templates import EOS
 
     found = find_template(template, folder)
     probes = [[Message("user", text), Message("assistant", "東京です。")] for text in _QUESTIONS]
@@ -241,21 +264,24 @@ def _form_of(template: Any, folder: Path, tokenizer: Any, contract: Contract) ->
     absent = [token for token in found.special_tokens if token not in specials]  # then cut into pieces, as text is
     ids_of: Any = specials | dict(zip(absent, encode(absent), strict=True))
     encoded = encode_conversations(probes, found, encode, [], contract.eos_id, "responses", ids_of)
-    prompts, stops, afters = [], set(), set()
+    stops, afters = set(), set()
     for result in encoded:
         if isinstance(result, UserError):
             continue
         ids, mask = result
         supervised = np.flatnonzero(mask)
-        prompts.append(ids[: supervised[0]].tolist())
         stops.add(int(ids[supervised[-1]]))
         afters.add(tuple(ids[supervised[-1] + 1 :].tolist()))
     if len(stops) != 1 or len(afters) != 1:
         raise UserError("the template does not end every reply alike")
-    texts = []
-    for probe in probes:
-        segments = found.segments(probe)
-        texts.append("".join(segment.text for segment in segments[: [s.reply for s in segments].index(True)]))
+    misplaced = None
+    if isinstance(found, ChatTemplate):
+        try:
+            found.check_start()
+        except UserError as error:
+            misplaced = error
+    prompts = [prompt_ids(probe[:1], found, encode, [], {EOS: contract.eos_id} | ids_of) for probe in probes]
+    texts = ["".join(segment.text for segment in found.segments(probe[:1])) for probe in probes]
     own = _common_end([list(text) for text in texts])
     written = texts[0].replace(_QUESTIONS[0], "")
     markers = {*absent, *re.findall(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>", written)} - specials.keys()
@@ -266,7 +292,12 @@ def _form_of(template: Any, folder: Path, tokenizer: Any, contract: Contract) ->
         stop=stops.pop(),
         after=afters.pop(),
         lead_text=re.sub(r"^(<[^<>\s]+>)+", "", last_line),  # such as <NL>, which is decoded as a newline
+        misplaced=misplaced,
+        begins_with_bos=writes_bos(found, folder, contract),
+        own_chat=isinstance(found, ChatTemplate),
+        learns_earlier=learns_earlier_replies(found),
         newlines="\n" in written,
+        spells_newlines=getattr(found, "newline", "\n") != "\n",
         unknown=contract.unk_id is not None and contract.unk_id in encode([plain])[0],
         split_markers=tuple(sorted(marker for marker in markers if tokenizer.token_to_id(marker) is None)),
     )
@@ -285,13 +316,10 @@ def _common_end(sequences: Sequence[list]) -> list:
 
 def _generation_markers(store: Store) -> bool | None:
     """Whether the chat template that the store was made with marks replies; None where there is no chat template."""
-    template, folder = store.manifest["template"], store.path / "tokenizer"
+    template = store.manifest["template"]
     jinja = template.get("jinja") if isinstance(template, dict) else None
-    if jinja is None and (folder / "chat_template.jinja").is_file():
-        jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if jinja is None and (folder / "tokenizer_config.json").is_file():
-        jinja = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", jinja)) if isinstance(jinja, str) else None
+    jinja = jinja or read_chat_template(store.path / "tokenizer")
+    return None if jinja is None else marks_replies(jinja)
 
 
 # --- rows, some million tokens at a time -----------------------------------------------------------------------------
@@ -369,6 +397,7 @@ class _RowHashes:
 class _Problem:
     message: str
     mend: str
+    blocks: bool = True  # where more than BLOCKING_SHARE of the rows have it
 
 
 _PROBLEMS = {
@@ -413,6 +442,19 @@ _PROBLEMS = {
         "what stands in front of replies is not what the manifest's template writes there, by the store's tokenizer",
         "prepare the store again with the template and the tokenizer that are meant",
     ),
+    "train-on-mismatch": _Problem(
+        "earlier replies are supervised, though train_on says last_response",
+        "set prepare.train_on: responses if that is wanted; else " + _HINT_MASK,
+    ),
+    "bos-mismatch": _Problem(
+        "rows do not begin as the manifest says, with one bos token or with none",
+        "let prepare.add_bos or the template write it, not the texts; prepare the store again",
+    ),
+    "pad-tail": _Problem(
+        "rows end in pad tokens, which are read as text: packing and padding know rows by their lengths",
+        "prepare the store again without padding, which training adds by itself",
+        blocks=False,
+    ),
     "empty-documents": _Problem("documents hold no text", "remove those records"),
     "ids-out-of-range": _Problem(
         "ids are beyond the tokenizer's vocabulary", "prepare the store again with the model's tokenizer"
@@ -431,16 +473,22 @@ _PROBLEMS = {
 class _Audit:
     """What has been found so far."""
 
-    def __init__(self, store: Store, findings: list[Finding]):
+    def __init__(self, store: Store, findings: list[Finding], model: Path | None = None):
         self.store, self.findings = store, findings
         self.supervised = store.supervised
         self.contract = read_contract(store.path / "tokenizer")
+        self.model_adds_bos = (read_contract(model) if model else self.contract).adds_bos
         self.settings = store.manifest.get("settings", {})
         self.train_on = self.settings.get("train_on", "responses") if self.supervised else None
         self.not_checked: list[str] = []
         self.tokenizer = self._load_tokenizer()
         self.form = self._find_form()
         self.stop = self.form.stop if self.form else None
+        self.begins_with_bos = bool(store.manifest["add_bos"]) or bool(self.form and self.form.begins_with_bos)
+        # shortened rows lack their beginning: with truncate_prompt the longest ones, with split any
+        self.split = self.supervised and self.settings.get("too_long") == "split"
+        self.shortened = self.settings.get("max_length") if self.settings.get("too_long") == "truncate_prompt" else None
+        self.several: Counter[str] = Counter()  # rows by how much of them is supervised
         self.splits = {name: SplitFigures() for name in ("train", "validation")}
         self.lengths: dict[str, Counter[int]] = {name: Counter() for name in self.splits}
         self.problems: dict[str, list[tuple[str, int]]] = {}  # rows with each
@@ -499,6 +547,7 @@ class _Audit:
         self.note("ids-out-of-range", block, _row_of(block, beyond))
         for row in range(min(len(block.rows), 64 - len(self.probe_ids))):
             self.probe_ids.append(block.ids[block.bounds[row] : block.bounds[row + 1]][:2000].tolist())
+        self._check_ends(block)
         if self.supervised:
             figures.supervised_tokens += int(block.mask.sum())
             self._take_replies(block)
@@ -507,6 +556,26 @@ class _Audit:
             text = np.concatenate([[0], np.cumsum(~special)])
             self.note("empty-documents", block, np.flatnonzero(text[block.bounds[1:]] == text[block.starts]))
         self.hashes[block.split].append(self._hash(block, block.lengths))
+
+    def _check_ends(self, block: _Block) -> None:
+        """Whether rows begin with bos as they should, and do not end in padding."""
+        filled = np.flatnonzero(block.lengths > 1)
+        first, last = block.starts[filled], block.bounds[1:][filled] - 1
+        bos, pad = self.contract.bos_id, self.contract.pad_id
+        told = self.form is not None or not isinstance(self.store.manifest["template"], dict)
+        if bos is not None and told and not self.split:
+            begins = block.ids[first] == bos
+            twice = begins & (block.ids[first + 1] == bos)
+            self.note("bos-mismatch", block, filled[(begins != self.begins_with_bos) | twice])
+        if pad is not None:
+            padded = block.ids[last] == pad
+            if pad in (self.stop, self.contract.eos_id):
+                padded &= block.ids[last - 1] == pad
+            self.note("pad-tail", block, filled[padded])
+
+    def _cut(self, block: _Block) -> np.ndarray:
+        """Of each row, whether its beginning may have been cut away."""
+        return np.full(len(block.rows), self.split) | (block.lengths == self.shortened)
 
     def _take_replies(self, block: _Block) -> None:
         """The checks of supervised rows."""
@@ -526,13 +595,17 @@ class _Audit:
         first, place = np.unique(rows, return_index=True)
         prompts = np.zeros_like(block.lengths)  # tokens before the first supervised one
         prompts[first] = starts[place] - bounds[first]
-        self.prompt_hashes[block.split].append(np.where(prompts > 1, self._hash(block, prompts), np.uint64(0)))
+        compared = (prompts > 1) & ~self._cut(block)
+        self.prompt_hashes[block.split].append(np.where(compared, self._hash(block, prompts), np.uint64(0)))
 
         if self.stop is None:
             self.stop = self._likely_stop(block.ids[stops - 1])
+        ends = _ends_of(block.ids, self.form.lead) if self.form and self.form.lead else None
+        if ends is not None and not self.split:
+            self._check_train_on(block, stops, rows, ends)
         shifted = np.zeros(len(starts), bool)
         if self.train_on != "everything" and len(starts):
-            shifted = self._check_starts(block, starts, stops, rows)
+            shifted = self._check_starts(block, starts, stops, rows, ends)
         if self.form or self.train_on != "everything":
             self._check_stops(block, starts[~shifted], stops[~shifted], rows[~shifted])
 
@@ -543,32 +616,53 @@ class _Audit:
         special = 0 <= id < self.contract.vocab_size and self.contract.token_bytes[id] == 0
         return id if special and counts.max() > len(ends) / 2 else self.contract.eos_id
 
-    def _check_starts(self, block: _Block, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Whether each supervised stretch begins where the template lets replies begin; those shifted by a token."""
+    def _check_train_on(self, block: _Block, stops: np.ndarray, rows: np.ndarray, ends: np.ndarray) -> None:
+        """Whether the replies are supervised that train_on says, of rows with several of them."""
+        bounds, cut = block.bounds, self._cut(block)
+        stretches = np.bincount(rows, minlength=len(block.rows))
+        # a lead may be spelt in a text; a stop token may not
+        leads = ends[bounds[1:]] - ends[block.starts]
+        several = (leads > 1) & (_count(block.ids == self.stop, block.starts, bounds[1:]) > 1) & ~cut
+        whole = _count(block.mask, block.starts, bounds[1:]) == block.lengths
+        self.several.update(rows=int(several.sum()), all=int((several & (stretches > 1)).sum()), whole=int(whole.sum()))
+        if self.train_on == "last_response":
+            earlier = ends[bounds[rows + 1]] > ends[stops]  # another reply follows
+            self.note("train-on-mismatch", block, rows[(earlier | (stretches[rows] > 1)) & several[rows]])
+
+    def _check_starts(
+        self, block: _Block, starts: np.ndarray, stops: np.ndarray, rows: np.ndarray, ends: np.ndarray | None
+    ) -> np.ndarray:
+        """Whether each supervised stretch begins where the template lets replies begin; those shifted by a token.
+
+        Args:
+            ends: Of `_ends_of` for what the template writes in front of a reply; None where that is nothing.
+        """
         ids, bounds = block.ids, block.bounds
-        bos = int(bool(self.store.manifest["add_bos"]))
-        at_head = starts - bounds[rows] <= bos
-        lead = self.form.lead if self.form else ()
-        if not lead:  # nothing stands in front of a reply by which to know it
+        bos = int(self.begins_with_bos)
+        going_on = self.split & (starts - bounds[rows] <= 1)  # with a reply that the row before began
+        at_head = (starts - bounds[rows] <= bos) & ~(going_on & (starts > bounds[rows]))
+        if ends is None:  # nothing stands in front of a reply by which to know it
             self.note("prompt-supervised", block, rows[at_head])
             return np.zeros(len(starts), bool)
+        assert self.form is not None
+        lead, cut = self.form.lead, self._cut(block)[rows]
 
         def led(places: np.ndarray) -> np.ndarray:
-            """Whether the lead ends there, within the row."""
-            inside = (places - len(lead) >= bounds[rows]) & (places <= bounds[rows + 1])
-            found = inside.copy()
+            """Whether the lead ends there, within the row; of one that is cut, as much as the row has."""
+            has = places - bounds[rows]
+            wanted = np.where(cut, np.minimum(len(lead), has - bos), len(lead))
+            found = (wanted > 0) & (wanted <= has) & (places <= bounds[rows + 1])
             for offset, id in enumerate(reversed(lead), start=1):
-                found[found] = ids[places[found] - offset] == id
+                compared = found & (offset <= wanted)
+                found[compared] = ids[places[compared] - offset] == id
             return found
 
-        right = led(starts)
-        ends = _ends_of(ids, lead)  # running count of places up to which the lead ends
+        right = led(starts) | (going_on & ~at_head)
         inside = ends[stops] - ends[np.minimum(starts + 1, stops)] > 0  # the lead ends within the stretch
         shifted = ~right & (led(starts - 1) | led(starts + 1))
-        split = self.settings.get("too_long") == "split"  # later parts of a row begin within a reply
-        prompt = ~right & ~shifted & (inside | (at_head & (not split)))
+        prompt = ~right & ~shifted & (inside | at_head)
         later = right & inside & (_count(ids == self.stop, starts, stops - 1) > 0)
-        other = ~right & ~shifted & ~prompt & ~(at_head & split)
+        other = ~right & ~shifted & ~prompt
         self.note("off-by-one", block, rows[shifted])
         self.note("prompt-supervised", block, rows[prompt | later])
         self.note_other(block, starts[other], rows[other])
@@ -607,20 +701,31 @@ class _Audit:
         if self.train_on == "everything":  # within a row, stretches end where a message is not to be learned
             missing &= ~inside_row
         self.note("stop-missing", block, rows[missing])
-        short = stopped & (ends - starts <= 8) & (self.train_on != "everything")
+        short = stopped & (self._after_thoughts(ids, starts, ends) <= 8) & (self.train_on != "everything")
+        short &= ~(self.split & (starts - bounds[rows] <= 1))  # the end of a reply that the row before began
         self.note("empty-replies", block, rows[short][self._blank(ids, starts[short], ends[short] - 1)])
+
+    def _after_thoughts(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """(stretches,): tokens of each one, behind its </think> if that is among its last ones."""
+        lengths = ends - starts
+        closing = self.tokenizer.token_to_id("</think>") if self.tokenizer else None
+        if closing is None:
+            return lengths
+        for tail in range(8, 0, -1):
+            places = np.maximum(ends - tail, starts)
+            lengths = np.where(ids[places] == closing, ends - places, lengths)
+        return lengths
 
     @property
     def _longest(self) -> int:
         return max(self.store.train.longest_document, self.store.validation.longest_document)
 
     def _blank(self, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Whether stretches hold nothing but white space."""
+        """Whether stretches hold nothing but white space, behind their thoughts."""
         blank = starts == ends
         for index in np.flatnonzero(~blank).tolist() if self.tokenizer else ():
-            blank[index] = not self.tokenizer.decode(
-                ids[starts[index] : ends[index]].tolist(), skip_special_tokens=False
-            ).strip()
+            text = self.tokenizer.decode(ids[starts[index] : ends[index]].tolist(), skip_special_tokens=False)
+            blank[index] = not text.rpartition("</think>")[2].strip()
         return blank
 
     # --- the report ---
@@ -632,6 +737,7 @@ class _Audit:
                 figures.supervised_tokens = figures.tokens
         self._rename()
         self.findings += [*self._row_findings(), *self._form_findings(), *self._unknown_findings()]
+        self.findings += [*self._bos_findings(), *self._train_on_findings()]
         if self.tokenizer and not any(f.name in ("wrong-tokenizer", "ids-out-of-range") for f in self.findings):
             self.findings += self._returning_findings()
         if thorough:
@@ -686,24 +792,27 @@ class _Audit:
 
     def _finding(self, name: str, count: int, of: int, rows: list[tuple[str, int]], error: float | None = None):
         share = BLOCKING_SHARE if error is None else error
-        if name == "truncated-replies" and self.settings.get("too_long") == "split":
-            share = 1.0  # asked for
-        level = "error" if count > share * of else "warning"
         problem = _PROBLEMS[name]
+        if not problem.blocks or (name == "truncated-replies" and self.split):  # which was asked for
+            share = 1.0
+        level = "error" if count > share * of else "warning"
         return Finding(
             name, level, problem.message, problem.mend, count, of, examples=[self._example(*row) for row in rows]
         )
 
     def _form_findings(self) -> list[Finding]:
         findings, form = [], self.form
+        if form and form.misplaced:
+            message, mend = form.misplaced.message, form.misplaced.hint or _HINT_MASK
+            findings.append(Finding("prompt-supervised", "error", message, mend))
         lost = self.contract.newline == "lost"
         if lost and form and form.newlines:
             message = "the template writes newlines, which the tokenizer cannot express: its parts run together"
-            mend = 'import the tokenizer with --newline "<NL>", extend it, or use a template without newlines'
+            mend = "import the tokenizer with --newline TOKEN, extend it by one, or use a template without newlines"
             findings.append(Finding("newline-lost", "error", message, mend))
-        elif lost:
+        elif lost and not (form and form.spells_newlines):
             message = "the tokenizer cannot express newlines: those in the texts are lost"
-            mend = 'import it with --newline TOKEN, such as "<NL>", if texts have lines'
+            mend = "import it with --newline TOKEN, or extend it by a newline, if texts have lines"
             findings.append(Finding("newline-lost", "warning", message, mend))
         if form is None or "marker-split" in [name for name, count in self.counts.items() if count]:
             return findings
@@ -719,6 +828,34 @@ class _Audit:
             problem = _PROBLEMS["marker-split"]
             findings.append(Finding("marker-split", "error", f"{problem.message}: {why}", problem.mend))
         return findings
+
+    def _bos_findings(self) -> list[Finding]:
+        """Whether the model reads a bos token in front of every text, as its tokenizer adds it, and the store too."""
+        adds = self.model_adds_bos
+        if self.contract.bos_id is None or self.counts["bos-mismatch"] or (self.form and self.form.own_chat):
+            return []
+        if adds == self.begins_with_bos:
+            return []
+        message = (
+            "the tokenizer puts a bos token in front of every text, and the store has none"
+            if adds
+            else "the store has a bos token in front of every row, which the tokenizer does not put there by itself"
+        )
+        mend = "leave prepare.add_bos out, unless the model was trained so"
+        return [Finding("bos-mismatch", "warning", message, mend)]
+
+    def _train_on_findings(self) -> list[Finding]:
+        """Whether no row at all is supervised as far as train_on says; single messages may be left out."""
+        several, message = self.several, None
+        if self.form is None or not self.form.lead or self.split:
+            return []
+        if self.train_on == "everything" and not several["whole"]:
+            message = "train_on says everything, and no row is supervised as a whole"
+        several_but_one = several["rows"] > BLOCKING_SHARE * self._rows and not several["all"]
+        if self.train_on == "responses" and self.form.learns_earlier and several_but_one:
+            message = "of rows with several replies never more than one is supervised, though train_on says responses"
+        mend = "set prepare.train_on to what is wanted, and prepare the store again"
+        return [Finding("train-on-mismatch", "warning", message, mend)] if message else []
 
     def _unknown_findings(self) -> list[Finding]:
         tokens = sum(figures.tokens for figures in self.splits.values())

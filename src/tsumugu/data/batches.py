@@ -16,7 +16,7 @@ from tsumugu.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """This process's share of every global batch.
+    """This process's share of every global batch, as `rank` of the `world_size` processes that read different rows.
 
     With `by_length` the rows of a step are dealt out longest first, so that micro batches, and what all processes do at
     the same time, are of like length; which rows a step holds stays the same.
@@ -33,7 +33,7 @@ class Share:
         if self.global_batch_size % rows:
             raise UserError(
                 f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{self.micro_batch_size} × {self.world_size} processes",
+                f"{self.micro_batch_size} × {self.world_size} processes that read different rows",
                 f"use a multiple of {rows}, or a smaller micro batch",
             )
 

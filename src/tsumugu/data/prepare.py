@@ -6,8 +6,9 @@
 A task reads some of the input, planned from the files alone, and ends as one shard of either split. datatrove's
 completion markers make a killed run go on where it stopped; the manifest, written last, makes the folder a store.
 
-Which split a document goes to depends on its text alone. Where sources have different validation shares, or documents
-are deduplicated, training documents that equal a validation document are removed, so that the splits never overlap.
+Which split a document goes to depends on its text alone. Where sources have different validation shares, documents are
+deduplicated, or too long ones shortened, training documents that equal a validation document are removed, so that the
+splits never overlap.
 """
 
 import contextlib
@@ -193,7 +194,7 @@ def _stages(config: PrepareConfig, contract: Contract, settings: dict, tasks: li
     def finish(*counted: str) -> Stage:
         return Stage("finish", [_Finish(config, contract, settings, tasks, counted)], [config.output], [0.0])
 
-    if set(modes) == {"none"} and len(shares) == 1:
+    if set(modes) == {"none"} and len(shares) == 1 and config.too_long == "drop":
         encode = Encode("encode", config, contract)
         return [Stage("encode", [*read, encode], inputs, list(sizes)), finish("encode")]
     read += [Fit(config, contract)] if config.kind == "instructions" else []
@@ -286,8 +287,10 @@ def _check_special_tokens(config: PrepareConfig, contract: Contract) -> None:
     if config.kind == "instructions":
         tokenizer = Path(config.tokenizer)
         template = instructions.find_template(config.template, tokenizer)
-        if config.template == "chat" and config.add_bos:
-            raise UserError("prepare.add_bos is set, but a chat template writes bos by itself", "leave it out")
+        if config.add_bos and (config.template == "chat" or instructions.writes_bos(template, tokenizer, contract)):
+            raise UserError(
+                f"prepare.add_bos is set, but template {config.template} writes bos by itself", "leave it out"
+            )
         instructions.check_template(template, config.template, tokenizer, contract)
 
 
@@ -403,7 +406,7 @@ def describe(manifest: dict) -> str:
         f"{name}: {count:,} {reason}"
         for name, counts in manifest["sources"].items()
         for reason, count in counts.items()
-        if reason.startswith(("dropped", "shortened")) or reason == "set aside"
+        if reason.startswith(("dropped", "shortened", "not learned")) or reason == "set aside"
     ]
     if manifest["kind"] == "text" and not (manifest["add_bos"] or manifest["add_eos"]):
         parts.append("nothing marks where documents end (set prepare.add_eos or prepare.add_bos)")

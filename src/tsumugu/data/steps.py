@@ -71,6 +71,11 @@ def _template(name: str, tokenizer: str) -> instructions.Template | ChatTemplate
 
 
 @functools.lru_cache(maxsize=1)
+def _learns_earlier_replies(name: str, tokenizer: str) -> bool:
+    return instructions.learns_earlier_replies(_template(name, tokenizer))
+
+
+@functools.lru_cache(maxsize=1)
 def _contamination(identities: tuple) -> Contamination | None:
     """One a process, of the files at the head of `identities`."""
     return Contamination([path for path, *_ in identities]) if identities else None
@@ -82,9 +87,11 @@ def contamination_of(config: PrepareConfig) -> Contamination | None:
 
 
 def adds_bos(config: PrepareConfig, contract: Contract) -> bool:
-    """Whether a bos token is stored before every document; a tokenizer's own chat template writes it by itself."""
-    if config.kind == "instructions" and config.template == "chat":
-        return False
+    """Whether a bos token is stored before every document; a template may write it by itself."""
+    if config.kind == "instructions":
+        template = _template(config.template, config.tokenizer)
+        if config.template == "chat" or instructions.writes_bos(template, Path(config.tokenizer), contract):
+            return False
     return contract.adds_bos if config.add_bos is None else config.add_bos
 
 
@@ -133,6 +140,23 @@ def write_json(path: Path, content: dict) -> None:
 
 def result_file(config: PrepareConfig, stage: str, rank: int) -> Path:
     return Path(config.output) / WORK / f"{stage}-{rank:05d}.json"
+
+
+def _validation_rows_file(config: PrepareConfig, rank: int) -> Path:
+    """Where `Fit` keeps the keys of a task's validation rows, 16 bytes each, where rows are shortened."""
+    return Path(config.output) / WORK / f"validation-rows-{rank:05d}"
+
+
+def _validation_rows(config: PrepareConfig, tasks: int) -> set[bytes]:
+    """The keys of all validation rows; none where rows are not shortened, which alone makes different ones equal."""
+    if config.too_long == "drop":
+        return set()
+    keys = b"".join(_validation_rows_file(config, rank).read_bytes() for rank in range(tasks))
+    return {keys[start : start + 16] for start in range(0, len(keys), 16)}
+
+
+def _row_key(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.astype(np.int64).tobytes(), digest_size=16).digest()
 
 
 def _documents_prefix(config: PrepareConfig, rank: int) -> Path:
@@ -253,6 +277,7 @@ class Fit(PipelineStep):
     """Names why a conversation will not be stored, so that none is removed for the sake of one that is not there.
 
     It is encoded for that, and again when it is stored. Texts are not: what has no tokens has no letters to compare.
+    Where conversations are shortened, `Encode` learns from it what is held out.
     """
 
     name = "fit"
@@ -263,12 +288,17 @@ class Fit(PipelineStep):
         self.encoding = _Encoding(config, contract)
 
     def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        held_out = bytearray()
         for documents in _batches(data):
             fit = _fit(documents)
             for document, encoded in zip(fit, self.encoding(fit), strict=True):
                 parts, reason = self.encoding.parts(encoded)
                 document.metadata["dropped"] = None if parts else reason
+                if document.metadata["validation"]:
+                    held_out += b"".join(_row_key(ids) for ids, *_ in parts)
             yield from documents
+        if self.encoding.config.too_long != "drop":
+            _validation_rows_file(self.encoding.config, rank).write_bytes(held_out)
 
 
 class Keep(PipelineStep):
@@ -346,20 +376,31 @@ class Encode(PipelineStep):
         }
         tally = Tally(self.stage, rank, self.config)
         progress = Progress(output / WORK / self.stage, rank)
+        held_out = _validation_rows(self.config, world_size)
         for documents in _batches(data):
             wanted = _wanted(documents, tally)
             for document, encoded in zip(wanted, self.encoding(wanted), strict=True):
                 parts, note = self.encoding.parts(encoded)
+                split = "validation" if document.metadata["validation"] else "train"
+                if held_out and split == "train":
+                    new = [part for part in parts if _row_key(part[0]) not in held_out]
+                    if len(new) < len(parts):
+                        tally.counts["dropped: rows that equal validation rows once shortened"] += len(parts) - len(new)
+                        if not new:
+                            continue
+                        parts = new
                 if not parts:
                     document.metadata["dropped"] = note
                     tally.drop(document)
                     continue
                 for part in parts:
-                    writers["validation" if document.metadata["validation"] else "train"].add(*part)
+                    writers[split].add(*part)
                 tally.counts["documents"] += len(parts)
                 tally.counts["characters"] += len(document.text)
                 if note:
                     tally.counts[note] += 1
+                if unlearned := self.encoding.unlearned_replies(document):
+                    tally.counts["not learned: earlier replies, as the template shows them otherwise"] += unlearned
             progress.show(documents[-1].metadata["at"])
         tally.close({split: writer.close() for split, writer in writers.items()})
         yield from ()
@@ -381,6 +422,16 @@ class _Encoding:
         encode_all = self._encode_conversations if self.config.kind == "instructions" else self._encode_texts
         return encode_all(documents, encode)
 
+    def unlearned_replies(self, document: Document) -> int:
+        """How many replies of a conversation would be learned, were they not shown otherwise than as generated."""
+        config = self.config
+        if config.kind != "instructions" or config.train_on != "responses":
+            return 0
+        if _learns_earlier_replies(config.template, config.tokenizer):
+            return 0
+        messages = instructions.from_json(document.text)
+        return sum(message.train for message in messages[:-1] if message.role == "assistant")
+
     def parts(self, encoded: tuple[np.ndarray, ...] | UserError) -> tuple[list[tuple[np.ndarray, ...]], str | None]:
         """The documents that the store holds of it, and how they were shortened; or none, and why."""
         if isinstance(encoded, UserError):
@@ -390,7 +441,8 @@ class _Encoding:
             return [], "empty"
         parts, shortened, most = [encoded], None, self.config.max_length
         if masks and most and len(ids) > most:
-            parts, shortened = too_long.fit(ids, masks[0], most, self.config.too_long, head=len(self.before))
+            head = int(ids[0] == self.contract.bos_id)  # prepare's own, or the template's
+            parts, shortened = too_long.fit(ids, masks[0], most, self.config.too_long, head)
             if not parts:
                 return [], "longer than prepare.max_length"
         return ([], "no supervised token") if masks and not parts[0][1].any() else (parts, shortened)

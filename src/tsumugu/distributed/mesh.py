@@ -1,4 +1,4 @@
-"""The device mesh: replicate × shard."""
+"""The device mesh: replicate × shard × tensor."""
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -9,14 +9,22 @@ from tsumugu.errors import UserError
 def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> DeviceMesh:
     """The mesh with axes (replicate, shard), whose degrees multiply to the world size.
 
+    With parallel.tensor_degree above 1 it has a third axis, tensor, whose processes follow one another in rank: they
+    are on one host where the degree divides its processes.
+
     Raises:
         UserError: Degrees that do not.
     """
-    shard = config.shard_degree or max(1, world_size // (config.replicate_degree or 1))
-    replicate = config.replicate_degree or max(1, world_size // shard)
-    if shard * replicate != world_size:
+    tensor = config.tensor_degree
+    rows = max(1, world_size // tensor)
+    shard = config.shard_degree or max(1, rows // (config.replicate_degree or 1))
+    replicate = config.replicate_degree or max(1, rows // shard)
+    if shard * replicate * tensor != world_size:
+        split = f" × parallel.tensor_degree {tensor}" if tensor > 1 else ""
         raise UserError(
-            f"parallel.shard_degree {shard} × parallel.replicate_degree {replicate} is not the world size {world_size}",
+            f"parallel.shard_degree {shard} × parallel.replicate_degree {replicate}{split} is not the world size "
+            f"{world_size}",
             "choose degrees whose product is the number of processes",
         )
-    return init_device_mesh(device_type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
+    degrees = {"replicate": replicate, "shard": shard} | ({"tensor": tensor} if tensor > 1 else {})
+    return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))

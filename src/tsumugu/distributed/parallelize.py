@@ -1,7 +1,7 @@
-"""Laying a model on the meta device over the mesh: recomputation → compile → offloading → FSDP2, in that order.
+"""Laying a model on the meta device over the mesh: tensor parallelism → recomputation → compile → offloading → FSDP2.
 
-Each of them wraps the `forward` of a decoder layer, so that the hooks of FSDP2 stay outside and no parameter changes
-its name. None changes what is computed, but for rounding where the compiler fuses operations.
+All but the first wrap the `forward` of a decoder layer, so that the hooks of FSDP2 stay outside and no parameter
+changes its name. None changes what is computed, but for rounding where the compiler fuses operations.
 """
 
 import functools
@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 from tsumugu.config import ParallelConfig
+from tsumugu.distributed.tensor import check_plan, split
 from tsumugu.errors import UserError
 
 # Matrix products and attention, by the names of torch's operators, whichever of them this torch has.
@@ -30,7 +32,11 @@ _SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory 
 
 
 def parallelize(
-    model: nn.Module, layers: list[nn.Module], mesh: DeviceMesh, compute_dtype: torch.dtype, config: ParallelConfig
+    model: PreTrainedModel,
+    layers: list[nn.Module],
+    mesh: DeviceMesh,
+    compute_dtype: torch.dtype,
+    config: ParallelConfig,
 ) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 
@@ -44,22 +50,29 @@ def parallelize(
     Args:
         model: On the meta device.
         layers: Its decoder layers, in their order.
-        mesh: Axes (replicate, shard).
+        mesh: Axes (replicate, shard), and perhaps tensor.
         compute_dtype: In which weights are gathered and used.
         config: With nothing left to decide (see `distributed.paths`).
 
     Raises:
-        UserError: Recomputation would draw another dropout than forward did.
+        UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
+            than forward did.
     """
     if config.activation_memory_budget is not None:  # torch knows it as a setting of the whole process
         torch._functorch.config.activation_memory_budget = config.activation_memory_budget
-    if any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
+    split_by_tensor = "tensor" in (mesh.mesh_dim_names or ())
+    if split_by_tensor:
+        check_plan(model, mesh["tensor"].size())
+        split(model, mesh["tensor"])
+    attention_drops = any(getattr(model.config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    if attention_drops and mesh.device_type == "cuda":
         _check_dropout(config)
     for index, layer in enumerate(layers):
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
             layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
-            layer.forward = torch.compile(layer.forward)
+            # with changing sizes, torch's compiler does not come to an end for layers that are split
+            layer.forward = torch.compile(layer.forward, dynamic=False if split_by_tensor else None)
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
 
@@ -70,7 +83,7 @@ def parallelize(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype
     )
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.offload_optimizer else OffloadPolicy()
-    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    shard = functools.partial(fully_shard, mesh=mesh["replicate", "shard"], mp_policy=policy, offload_policy=offload)
     for layer in layers:
         shard(layer, reshard_after_forward=config.reshard_after_forward != "never")
     shard(model)  # the root stays gathered after forward: its head is the first to be used by backward
@@ -82,7 +95,7 @@ def parallelize(
 
 
 def _check_dropout(config: ParallelConfig) -> None:
-    """Refuses the two combinations that, measured on a GPU, do not repeat what attention's dropout drew.
+    """Refuses the two combinations that, on a GPU, do not repeat what attention's dropout drew (on a CPU both do).
 
     Kept attention does not draw again, so that what follows it in an eager layer drops otherwise (gradients off by
     31 %); and compiled full recomputation took numbers that no seed decided.

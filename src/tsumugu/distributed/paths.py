@@ -73,7 +73,7 @@ def decide(
     Raises:
         UserError: torch.compile is asked for where it cannot work, or parallel.fsdp is false where it is needed.
     """
-    reason = _no_compile(device)
+    reason = _no_compile(device, config)
     if config.compile and reason:
         raise UserError(f"parallel.compile is true, but {reason}", "set parallel.compile to false")
     compiled = device.type == "cuda" and not reason if config.compile is None else config.compile
@@ -161,10 +161,13 @@ def _missing_compiler(*names: str, which: Callable[[str], str | None] = shutil.w
     return None if any(which(name) for name in tried) else f"there is no {' or '.join(tried)}"
 
 
-def _no_compile(device: Device) -> str | None:
+def _no_compile(device: Device, config: ParallelConfig) -> str | None:
     """Why torch.compile cannot work on the device, or None."""
     if device.no_compiler:
         return device.no_compiler
+    # torch 2.13 ends with errors of its own where recomputation is off or sizes change; 2.11 was measured on a GPU
+    if config.tensor_degree > 1 and not torch.__version__.startswith("2.11."):
+        return f"torch {torch.__version__} does not compile every layer that parallel.tensor_degree splits"
     if device.type == "cuda" and device.capability < TRITON_SINCE:
         return f"Triton needs compute capability {_version(TRITON_SINCE)}, {device.name} has " + _version(
             device.capability
@@ -199,7 +202,7 @@ def _described_compile(config: ParallelConfig, decided: ParallelConfig, device: 
     if decided.compile:
         why = "parallel.compile" if config.compile else f"a GPU of compute capability {_version(TRITON_SINCE)} or more"
         return f"every decoder layer ({why})"
-    why = "parallel.compile" if config.compile is False else _no_compile(device) or "a CPU"
+    why = "parallel.compile" if config.compile is False else _no_compile(device, config) or "a CPU"
     return f"no ({why})"
 
 

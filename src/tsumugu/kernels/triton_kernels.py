@@ -62,7 +62,11 @@ def _adamw(
     size, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(scalars_ptr) == 0:
-        clip, correction1, root_correction2 = tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2), tl.load(scalars_ptr + 3)
+        clip, correction1, root_correction2 = (
+            tl.load(scalars_ptr + 1),
+            tl.load(scalars_ptr + 2),
+            tl.load(scalars_ptr + 3),
+        )
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < size
         bits = (tl.load(weight_ptr + at, inside, 0).to(tl.int32) << 16) + tl.load(low_ptr + at, inside, 0).to(tl.int32)

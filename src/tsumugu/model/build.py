@@ -5,6 +5,7 @@ with the oldest and the newest transformers that the package allows.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import pickle
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
@@ -29,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
-from tsumugu.model import lora, masters
+from tsumugu.model import lora, masters, nf4
 from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
@@ -79,9 +81,18 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"no causal language model of type {config.model_type}: {reason}", "mend its config") from None
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Of the whole model; a tied head counts once."""
-    return meta_model(config, torch.float32).num_parameters()
+def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, quantize: str | None = None) -> int:
+    """Of the whole model as it is used; a tied head counts once.
+
+    Args:
+        config: Of the model.
+        dtype: Of the computation.
+        quantize: Of `model.lora`.
+    """
+    model = meta_model(config, dtype).requires_grad_(False)
+    if quantize:
+        nf4.replace(decoder_layers(model), dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def build_model(
@@ -101,7 +112,7 @@ def build_model(
 
     Args:
         config: What to build.
-        mesh: Axes (replicate, shard).
+        mesh: Axes (replicate, shard), and perhaps tensor.
         device: What this process computes on; its shards live there, or with parallel.offload_optimizer on the host.
         master_dtype: dtype of the parameters.
         compute_dtype: dtype in which they are gathered and used.
@@ -115,6 +126,8 @@ def build_model(
     mapping, transformers_module = get_model_conversion_mapping(model), type(model).__module__
     if adapters:
         lora.add_adapters(model, adapters, master_dtype)
+        if adapters.quantize:
+            nf4.replace(decoder_layers(model), compute_dtype)
     parallelize(model, decoder_layers(model), mesh, compute_dtype, parallel)
     # transformers takes fully_shard's class for custom code, and does not initialise what GPT-2's attention asks for
     type(model).__module__ = transformers_module
@@ -136,8 +149,7 @@ def adapted_model(
     config: PretrainedConfig, folder: Path, adapters: lora.Adapters, dtype: torch.dtype
 ) -> PreTrainedModel:
     """A folder's model whole in this process's memory, in its own dtype, with adapters of `dtype` without values."""
-    own = read_config(str(folder)).dtype
-    model = meta_model(config, own if isinstance(own, torch.dtype) else torch.float32)
+    model = meta_model(config, own_dtype(folder))
     mapping = get_model_conversion_mapping(model)
     lora.add_adapters(model, adapters, dtype)
     model.to_empty(device="cpu")
@@ -148,10 +160,20 @@ def adapted_model(
     return model
 
 
+def own_dtype(folder: Path) -> torch.dtype:
+    """In which a folder's model is stored, as its configuration says."""
+    own = read_config(str(folder)).dtype
+    return own if isinstance(own, torch.dtype) else torch.float32
+
+
 def _device_type(model: PreTrainedModel) -> str:
     """Of the device that computes, also where shards are on the host."""
     parameter = next(model.parameters())
     return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -189,7 +211,9 @@ def with_adapters(base: Callable[[PreTrainedModel, list], None], seed: int) -> C
     def fill(model: PreTrainedModel, mapping: list) -> None:
         with lora.unwrapped(model):
             base(model, mapping)
-            model.requires_grad_(False)  # transformers has put other parameters in their places, unless they are sharded
+            model.requires_grad_(
+                False
+            )  # transformers has put other parameters in their places, unless they are sharded
         on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
@@ -248,6 +272,39 @@ def pretrained(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedMode
     return fill
 
 
+def quantized(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel, list], None]:
+    """As `pretrained`, for a model whose frozen linear layers are held in NF4, made from the folder's own dtype.
+
+    Each process reads its shards into host memory, and quantises them there layer by layer, on its device.
+    """
+
+    def fill(model: PreTrainedModel, mapping: list) -> None:
+        rebuild_buffers(model)
+        own, device, first = own_dtype(folder), torch.device(_device_type(model)), next(model.parameters())
+        shape, names = (1, 1), ("replicate", "shard")
+        if isinstance(first, DTensor):
+            shape, names = tuple(first.device_mesh.shape), first.device_mesh.mesh_dim_names
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        config, parallel = copy.deepcopy(model.config), ParallelConfig(fsdp=isinstance(first, DTensor))
+        source = build_model(config, mesh, torch.device("cpu"), own, own, pretrained(folder, new_rows), parallel)
+        for name, module in model.named_modules():
+            for key, stored in source.get_submodule(name)._parameters.items():
+                if stored is None:
+                    continue
+                if key == "weight" and isinstance(module, nf4.Linear):
+                    nf4.fill(module, _local(stored).to(device))
+                else:
+                    _local(module.get_parameter(key)).detach().copy_(_local(stored))
+
+    return fill
+
+
+def quantized_names(model: PreTrainedModel) -> set[str]:
+    """Of a model without adapters the weights that `quantized` would quantise."""
+    modules = {module for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)}
+    return {f"{name}.weight" for name, module in model.named_modules() if module in modules}
+
+
 def _move_shards(model: PreTrainedModel, device: torch.device) -> None:
     """Puts shards where they were: transformers makes them on the device of the mesh, also those that are offloaded."""
     for module in model.modules():
@@ -284,11 +341,22 @@ def place(whole: torch.Tensor, parameter: torch.Tensor) -> None:
     """Copies a tensor that every process has whole into a parameter, or into this process's shard of it."""
     with torch.no_grad():
         if isinstance(parameter, DTensor):
-            whole = whole.to(parameter.device, parameter.dtype)
-            sliced = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(sliced.to_local())
+            parameter.to_local().copy_(own_slice(whole, parameter))
         else:
             parameter.copy_(whole)
+
+
+def own_slice(whole: torch.Tensor, sharded: DTensor) -> torch.Tensor:
+    """The part of a tensor like `sharded` (or one that broadcasts to it) that this process holds of that.
+
+    It is one block also where a dimension is split twice, by shard and tensor: `distributed.tensor` sees to it that the
+    latter's parts are equal. torch's `distribute_tensor` would communicate, and has known that case only lately.
+    """
+    shape, offsets = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    for dimension, (size, offset) in enumerate(zip(shape, offsets, strict=True)):
+        if whole.shape[dimension] != 1 or sharded.shape[dimension] == 1:
+            whole = whole.narrow(dimension, min(offset, whole.shape[dimension]), size)
+    return whole
 
 
 class _Grown:
@@ -367,7 +435,12 @@ def rebuild_buffers(model: PreTrainedModel) -> None:
 
 
 def _run_init_weights(model: PreTrainedModel) -> None:
+    embeddings = {module: module.padding_idx for module in model.modules() if isinstance(module, nn.Embedding)}
+    for module in embeddings:
+        module.padding_idx = None  # transformers would zero that row of a slice that DTensor makes, a copy or an error
     model.init_weights()
+    for module, row in embeddings.items():
+        module.padding_idx = row
     for module in model.modules():  # so that it can be run again
         module.__dict__.pop("_is_hf_initialized", None)
 
@@ -387,8 +460,7 @@ class _WholeDraws(TorchDispatchMode):
         # on the device that computes, also where the shards are on the host: the numbers are those of its generator
         whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device_mesh.device_type)
         func(whole, *args[1:], **kwargs)
-        sliced = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(sliced.to_local())
+        tensor.to_local().copy_(own_slice(whole, tensor))
         return tensor
 
 
@@ -397,8 +469,7 @@ def _zero_row(weight: torch.Tensor, row: int) -> None:
     keep[row] = 0
     with torch.no_grad():
         if isinstance(weight, DTensor):
-            sliced = distribute_tensor(keep, weight.device_mesh, weight.placements, src_data_rank=None)
-            weight.to_local().mul_(sliced.to_local().to(weight.device))
+            weight.to_local().mul_(own_slice(keep, weight))
         else:
             weight.mul_(keep)
 

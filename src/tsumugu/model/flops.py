@@ -8,6 +8,8 @@ weight, which needs no gradient, it is 4. Recomputation does not count.
 import torch
 from transformers import PreTrainedModel
 
+from tsumugu.model import nf4
+
 # dense bf16 peak in FLOP/s, by the vendors' data sheets; the first name that the device's name contains
 _PEAKS = {
     "B200": 2250e12,
@@ -27,10 +29,14 @@ def flops(model: PreTrainedModel, tokens: int, squared_lengths: int) -> int:
     if not model.config.tie_word_embeddings:
         for parameter in model.get_input_embeddings().parameters():
             del weights[parameter]
+    sizes = {parameter: parameter.numel() for parameter in weights}
+    for module in model.modules():
+        if isinstance(module, nf4.Linear):
+            sizes |= {module.codes: module.in_features * module.out_features, module.scales: 0}
     config = model.config
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_size * squared_lengths
-    return sum(each * parameter.numel() for parameter, each in weights.items()) * tokens + attention
+    return sum(each * sizes[parameter] for parameter, each in weights.items()) * tokens + attention
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -8,7 +8,7 @@ adapters, and its other rows are frozen. peft is imported where it is used: it i
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tsumugu.errors import UserError
+from tsumugu.model import nf4
 
 NAME = "default"  # peft's for the only adapter of a model
 
@@ -39,6 +40,8 @@ class Adapters:
     """The folder or hub name of the base model."""
     base_sha256: str
     """Of its weights."""
+    quantize: str | None
+    """How the frozen linear layers are held: nf4, or as the computation uses them."""
 
 
 def check_installed() -> None:
@@ -161,20 +164,26 @@ def new_rows(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter, list[in
     ]
 
 
-def merged(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+def merged(
+    model: PreTrainedModel, dtype: torch.dtype, quantized: Collection[str] = ()
+) -> Callable[[str], torch.Tensor]:
     """A function that gives a weight of the base model by its name, with what was trained.
 
     Args:
         model: Whole, with adapters in `merging_dtype(dtype)`, in which they are multiplied and added.
         dtype: Of the result.
+        quantized: Names of weights that were held in NF4, and are what that made of them.
     """
     layers, vocabulary = _wrappers(model)
     with unwrapped(model):
         base = model.state_dict()
+    held = {name: nf4.quantize(base.pop(name)) for name in quantized}
 
     @torch.no_grad()
     def weight(name: str) -> torch.Tensor:
-        tensor, module = base[name].to(merging_dtype(dtype)), name.removesuffix(".weight")
+        module = name.removesuffix(".weight")
+        tensor = nf4.dequantize(*held[name], torch.float32) if name in held else base[name]
+        tensor = tensor.to(merging_dtype(dtype))
         if module in layers and name.endswith(".weight"):
             tensor = tensor + layers[module].get_delta_weight(NAME)
         if module in vocabulary:

@@ -6,6 +6,7 @@ length of each token turns losses into bits per byte. Reading a contract needs n
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -239,6 +240,20 @@ def special_tokens(folder: Path) -> dict[str, str]:
     tokens = {name: named.get(name) for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
     contents = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: token for name, token in contents.items() if token is not None}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a tokenizer, as transformers reads it: of a file of its own, or of tokenizer_config.json."""
+    file, config = folder / CHAT_TEMPLATE, folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    jinja = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return jinja if isinstance(jinja, str) else None
+
+
+def marks_replies(chat_template: str) -> bool:
+    """Whether a chat template has generation markers."""
+    return bool(re.search(r"\{%-?\s*generation\s*-?%\}", chat_template))
 
 
 def _token_bytes(tokenizer: "Tokenizer", tokens: list[str]) -> list[int]:

@@ -28,6 +28,8 @@ class Memory:
     """Bytes on this process's device."""
 
     weights: int
+    trained: int
+    """Of the weights, those that are: as much as their gradients will take."""
     gradients: int
     moments: int
     logits: int
@@ -60,6 +62,7 @@ def measure(
     parameters = list(model.parameters())
     low_bits = [master.low for p in parameters if (master := masters.of(p))]
     weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
+    trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
     sums = optimizer.sums.values() if isinstance(optimizer, MasterAdamW) else ()
     gradients = _bytes([*sums, *(p.grad for p in parameters if p.grad is not None)], device)
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
@@ -72,7 +75,8 @@ def measure(
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0
-    return Memory(weights, gradients, moments, logits, max(0, peak - weights - gradients - moments - logits), unused)
+    activations = max(0, peak - weights - gradients - moments - logits)
+    return Memory(weights, trained, gradients, moments, logits, activations, unused)
 
 
 def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change]:
@@ -81,7 +85,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     Args:
         config: As it is.
         memory: Of this process.
-        world_size: Processes.
+        world_size: Processes, or with parallel.tensor_degree groups of them.
     """
     parallel, found = config.parallel, []
     of_batch = memory.activations + memory.logits
@@ -92,7 +96,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
         found.append(Change(f"train.micro_batch_size {smaller}", saved, "more, smaller matrix products"))
     shard = parallel.shard_degree or world_size // (parallel.replicate_degree or 1)
     if shard < world_size:
-        saved = (memory.weights + max(memory.gradients, memory.weights) + memory.moments) * (world_size - shard)
+        saved = (memory.weights + max(memory.gradients, memory.trained) + memory.moments) * (world_size - shard)
         setting = f"parallel.shard_degree {world_size}, parallel.replicate_degree 1"
         found.append(Change(setting, saved // world_size, "more communication"))
     checkpointing = parallel.activation_checkpointing
@@ -110,9 +114,9 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
             Change("parallel.activation_checkpointing full", saved, "a second forward: about a third more work")
         )
     if not parallel.offload_optimizer:
-        saved = memory.weights + max(memory.gradients, memory.weights) + memory.moments
+        saved = memory.weights + max(memory.gradients, memory.trained) + memory.moments
         found.append(Change("parallel.offload_optimizer true", saved, "the optimizer's step is taken on the host"))
-    if checkpointing != "selective" and not parallel.offload_activations:
+    if checkpointing != "selective" and parallel.tensor_degree == 1 and not parallel.offload_activations:
         cost = "they travel to the host and back"
         found.append(Change("parallel.offload_activations true", memory.activations, cost))
     if length > 1:

@@ -14,7 +14,7 @@ from tsumugu.model import masters
 
 
 def parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """The parameters by part: embedding, layer.0 and so on, head (if it is not tied), and the rest by module name."""
+    """What is trained, by part: embedding, layer.0 and so on, head (if it is not tied), and the rest by module name."""
     where = {}
     for name, parameter in model.named_parameters():
         layer = re.search(r"\.([0-9]+)\.", name)
@@ -24,7 +24,8 @@ def parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     where |= {id(parameter): "embedding" for parameter in model.get_input_embeddings().parameters()}
     result: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        result.setdefault(where[id(parameter)], []).append(parameter)
+        if parameter.requires_grad:
+            result.setdefault(where[id(parameter)], []).append(parameter)
     return result
 
 
@@ -34,15 +35,21 @@ def squared_norms(model: PreTrainedModel) -> torch.Tensor:
     Every process calls it, between backward and `zero_grad`; it does not wait for the device.
     """
     of_parts = parts(model).values()
-    none = torch.zeros((), device=next(model.parameters()).device)  # the gradient of a part that is frozen
     sums = torch.stack(
         [
             torch.stack([_own_shares([_whole(parameter) for parameter in part]) for part in of_parts]),
-            torch.stack([_own_shares([p.grad for p in part if p.grad is not None] or [none]) for part in of_parts]),
+            torch.stack([_own_shares([p.grad for p in part if p.grad is not None]) for part in of_parts]),
         ]
     )
     dist.all_reduce(sums)
     return sums
+
+
+def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The norm of all tensors together, over all processes, whichever meshes they lie on; in their dtype."""
+    squared = _own_shares(tensors)
+    dist.all_reduce(squared)
+    return squared.sqrt().to(tensors[0].dtype)
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:

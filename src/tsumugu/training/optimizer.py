@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from tsumugu.config import OptimizerConfig
 from tsumugu.kernels import masters as kernels
 from tsumugu.model import masters
+from tsumugu.training.norms import total_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -120,12 +121,20 @@ def clip_gradients(
         scale: What the gradients are multiplied by, and stay multiplied by; the returned norm is not.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    by_mesh: dict[Any, list[nn.Parameter]] = {}  # with parallel.tensor_degree there are two, which torch does not mix
+    for parameter in with_gradient:
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    gradients = [p.grad for p in with_gradient if p.grad is not None]
+    if len(by_mesh) > 1:
+        norm = total_norm(gradients)
+    else:
+        norm = nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
     if scale is not None:
         norm = norm / scale
-    nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    for alike in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(alike, max_norm, norm)
     return norm
 
 

@@ -30,12 +30,12 @@ from tsumugu.data.batches import Share, rows_read, training_batches, validation_
 from tsumugu.data.mixture import Mixture, Past, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
-from tsumugu.distributed import paths
+from tsumugu.distributed import paths, tensor
 from tsumugu.distributed.environment import Environment, on_device, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import attention, build, head, lora
+from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
@@ -104,9 +104,11 @@ class Trainer:
         self.profile = Profile(config.train, run_dir, environment.rank, self.device)
         opened = _open_stores(config)
         contract = opened.contract
-        self.share = Share(
-            rank=environment.rank,
-            world_size=environment.world_size,
+        mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
+        self.tensor_degree = config.parallel.tensor_degree
+        self.share = Share(  # of which the processes of a tensor group have the same
+            rank=environment.rank // self.tensor_degree,
+            world_size=environment.world_size // self.tensor_degree,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=config.train.micro_batch_size,
             by_length=config.data.group_by_length,
@@ -143,8 +145,8 @@ class Trainer:
         fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
         if self.adapters:
             fill = _adapted(self.adapters, config.train.seed, saved)
-        mesh = build_mesh(config.parallel, environment.world_size, self.device.type)
-        weight_bytes = build.count_parameters(self.model_config) * compute_dtype.itemsize
+        weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
+        weight_bytes //= self.tensor_degree
         processes = environment.world_size
         parallel = paths.decide(
             config.parallel, processor, mesh["shard"].size(), weight_bytes, processes=processes, dtype=dtype
@@ -176,6 +178,8 @@ class Trainer:
             weight_bytes=weight_bytes,
             whole_logits=self.whole_logits,
         )
+        self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
+        self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
@@ -329,7 +333,8 @@ class Trainer:
         total = torch.tensor([*counts, *waited])
         self._mark("exchanging counts with the other processes")
         dist.all_reduce(total)
-        stops, supervised, tokens, squared_lengths, *counts_by_store = total[: len(counts)].tolist()
+        stops, *sums = total[: len(counts)].tolist()
+        supervised, tokens, squared_lengths, *counts_by_store = (value // self.tensor_degree for value in sums)
         data_seconds = total[len(counts) :].max().item() / 1e9  # of the slowest
         if stops:
             return None
@@ -363,9 +368,11 @@ class Trainer:
         master_optimizer = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
         if master_optimizer:
             master_optimizer.collect()
-        loss = own_loss.clone()
+        loss = own_loss / self.tensor_degree  # each process of a tensor group has the loss of the same rows
         self._mark("reducing the loss and the gradient norm")
         dist.all_reduce(loss)
+        if self.tensor_mesh:
+            tensor.reduce_gradients(self.held_whole, self.tensor_mesh)
         if self.config.train.log_norms and self._log_due(self.step + 1):
             self.squared_norms = norms.squared_norms(self.model)
         max_norm = self.config.optimizer.max_grad_norm
@@ -493,6 +500,7 @@ class Trainer:
         reshard(self.model)
         self._mark("evaluating: reducing the sums")
         dist.all_reduce(sums)
+        sums /= self.tensor_degree
         figures = _validation_figures("validation_", sums.sum(dim=0).tolist())
         if self.mixed:
             for name, of_store in zip(self.data.mixture.names, sums.tolist(), strict=True):
@@ -633,7 +641,7 @@ class Trainer:
 
     def _step_seed(self) -> int:
         """Dropout is drawn anew each step from (seed, step, rank), so that no generator state need be saved."""
-        key = f"{self.config.train.seed} {self.step} {self.environment.rank}".encode()
+        key = f"{self.config.train.seed} {self.step} {self.share.rank}".encode()
         return int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
 
     def _log(self, figures: "StepFigures", interval: "_Interval") -> None:
@@ -779,7 +787,7 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
                 device,
                 trainer.whole_logits is None,
             )
-            options = memory.changes(config, found, environment.world_size)
+            options = memory.changes(config, found, trainer.share.world_size)
         block, refusal = memory.out_of_memory(error, place, found, options, device)
         memory.say(block)
         raise refusal from None
@@ -1013,6 +1021,8 @@ def _adapters(
     name = config.model.pretrained or (recorded or {})["base"]
     folder = build.barrier_first(environment.local_rank, lambda: build.find_pretrained(name))
     layers = build.decoder_layers(build.meta_model(model_config, torch.float32))
+    if wanted.quantize:
+        nf4.check(layers, environment.device)
     adapters = lora.Adapters(
         rank=wanted.rank,
         alpha=2 * wanted.rank if wanted.alpha is None else wanted.alpha,
@@ -1021,6 +1031,7 @@ def _adapters(
         new_rows=recorded["new_rows"] if recorded else _new_rows(config, folder),
         base=name,
         base_sha256=on_main(lambda: build.weights_sha256(folder)),
+        quantize=wanted.quantize,
     )
     if recorded and not resumed:
         if saved and on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer"))):
@@ -1039,7 +1050,8 @@ def _adapters(
 
 def _adapted(adapters: lora.Adapters, seed: int, saved: checkpoint.Whole | None):
     """Fills a model with the base's weights, and with adapters that are new or those of a checkpoint."""
-    base = build.pretrained(build.find_pretrained(adapters.base), adapters.new_rows)
+    read = build.quantized if adapters.quantize else build.pretrained
+    base = read(build.find_pretrained(adapters.base), adapters.new_rows)
     fill = build.with_adapters(base, seed)
     if saved is None:
         return fill
@@ -1053,7 +1065,9 @@ def _adapted(adapters: lora.Adapters, seed: int, saved: checkpoint.Whole | None)
 
 
 def _identity_of_adapters(adapters: lora.Adapters) -> dict:
-    values = {f"model.lora.{key}": getattr(adapters, key) for key in ("rank", "alpha", "dropout", "targets")}
+    values = {
+        f"model.lora.{key}": getattr(adapters, key) for key in ("rank", "alpha", "dropout", "targets", "quantize")
+    }
     return values | {"the base model's sha256": adapters.base_sha256}
 
 

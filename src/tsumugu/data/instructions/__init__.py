@@ -4,7 +4,13 @@ The mask is built from the pieces, and never by searching the finished ids. The 
 the ids of that prompt in generation.
 """
 
-from tsumugu.data.instructions.encode import check_template, encode_conversations, prompt_ids
+from tsumugu.data.instructions.encode import (
+    check_template,
+    encode_conversations,
+    learns_earlier_replies,
+    prompt_ids,
+    writes_bos,
+)
 from tsumugu.data.instructions.records import (
     FIELDS,
     Message,
@@ -40,8 +46,10 @@ __all__ = [
     "find_template",
     "from_json",
     "jinja_of",
+    "learns_earlier_replies",
     "messages_of",
     "prompt_ids",
     "question_key",
     "to_json",
+    "writes_bos",
 ]

@@ -5,7 +5,6 @@ reply, with the generation prompt, and up to the end of that reply: each renderi
 and the pieces are what each one adds. Token ids are never searched.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from typing import Any, cast
 from tsumugu.data.instructions.records import Message, UnusableError
 from tsumugu.data.instructions.templates import Segment, cut
 from tsumugu.errors import UserError
-from tsumugu.tokenizer.contract import special_tokens
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+from tsumugu.tokenizer.contract import marks_replies, read_chat_template, special_tokens
 
 # The built-in template to take in place of one that cannot be used, by what it spells.
 _REPLACEMENTS = (
@@ -51,14 +48,13 @@ class ChatTemplate:
         """The chat template in a tokenizer's folder.
 
         Raises:
-            UserError: There is none; its text depends on the day; or nothing behind a reply says where it ends.
+            UserError: There is none; its text depends on the day; nothing behind a reply says where it ends; or what it
+                lets a reply begin with is not what would be generated.
         """
         from tsumugu.data.instructions.encode import PROBE, special_ids
 
-        config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-        file = tokenizer / "chat_template.jinja"
-        jinja = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-        if not isinstance(jinja, str):
+        jinja = read_chat_template(tokenizer)
+        if jinja is None:
             raise UserError(f"{tokenizer} has no chat template", "choose a built-in template, such as chatml")
         template = cls(jinja, special_tokens(tokenizer), tuple(special_ids(tokenizer)))
         if "strftime_now" in jinja:
@@ -66,7 +62,37 @@ class ChatTemplate:
                 f"the chat template of {tokenizer} shows the day on which it is used", template.replacement()
             )
         stop = next(segment.text for segment in reversed(template.segments(PROBE[:2])) if segment.reply)
+        template.check_start()
         return cls(jinja, template.names, template.special_tokens, stop)
+
+    def check_start(self) -> None:
+        """Refuses a template whose replies, as they are learned, do not begin where a generated one would.
+
+        Raises:
+            UserError: It ignores add_generation_prompt although something of its own stands in front of a reply, or its
+                generation markers begin before or behind the end of the generation prompt.
+        """
+        from tsumugu.data.instructions.encode import PROBE
+
+        segments = self.segments(PROBE[:2])
+        first = [segment.reply for segment in segments].index(True)
+        head = "".join(segment.text for segment in segments[:first])
+        reply = "".join(segment.text for segment in segments[first:])
+        prompt, _ = self._render(PROBE[:1], prompt=True)
+        if head != prompt:
+            raise UserError(
+                "what the chat template marks of a reply does not begin where its generation prompt ends: that ends in "
+                f"{prompt[-30:]!r}, and {head[-30:]!r} stands in front of what would be learned",
+                self.replacement(),
+            )
+        if prompt == self._render(PROBE[:1])[0]:  # it has no generation prompt, and then the reply is all that follows
+            begun = re.sub(r"\s*<think>\s*</think>", "", reply).lstrip()
+            if not begun.startswith(PROBE[1].content):
+                raise UserError(
+                    f"the chat template ignores add_generation_prompt, and begins a reply with {begun[:30]!r}, which "
+                    "would be learned as a part of it",
+                    self.replacement(),
+                )
 
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation as pieces; one that ends with the user's message is a prompt, up to where the reply begins.
@@ -82,10 +108,10 @@ class ChatTemplate:
                     raise UnusableError("a message spells a special token")
         if messages[-1].role != "assistant":
             return self._pieces(self._render(messages, prompt=True)[0], False, True, len(messages))
-        marked = bool(_GENERATION.search(self.jinja))
         segments = []
         before = 0
-        for text, reply, turn in self._by_markers(messages) if marked else self._by_prefixes(messages):
+        parts = self._by_markers(messages) if marks_replies(self.jinja) else self._by_prefixes(messages)
+        for text, reply, turn in parts:
             if not reply:
                 train = all(message.train for message in messages[before:turn])
                 segments += self._pieces(text, False, train, turn)
@@ -162,7 +188,7 @@ class ChatTemplate:
         turns: list[Any] = [
             {"role": m.role, "content": f"{m.content}\n\n{m.input}" if m.input else m.content} for m in messages
         ]
-        marked = bool(_GENERATION.search(self.jinja))
+        marked = marks_replies(self.jinja)
         try:
             rendered, spans = cast(Any, render_jinja_template)(
                 conversations=[turns],

@@ -50,6 +50,19 @@ def stop_id(template: Template | ChatTemplate, tokenizer: Path) -> int | None:
     return None if template.stop == EOS else special_ids(tokenizer).get(template.stop)
 
 
+def writes_bos(template: Template | ChatTemplate, tokenizer: Path, contract: Contract) -> bool:
+    """Whether a template by itself begins a conversation with the tokenizer's bos token."""
+    first = template.segments(PROBE[:1])[0]
+    return first.special and contract.bos_id is not None and special_ids(tokenizer).get(first.text) == contract.bos_id
+
+
+def learns_earlier_replies(template: Template | ChatTemplate) -> bool:
+    """Whether replies before the last one are replies, and not shown in another form than they are generated in."""
+    if isinstance(template, Template) and template.several_turns == "no":
+        return True
+    return len({segment.turn for segment in template.segments(PROBE) if segment.reply}) > 1
+
+
 def encode_conversations(
     conversations: Sequence[Sequence[Message]],
     template: Template | ChatTemplate,
@@ -211,11 +224,10 @@ def check_template(template: Template | ChatTemplate, name: str, tokenizer: Path
             raise UserError(
                 f"template {name} needs tokens that {tokenizer} does not have as single ones: {' '.join(missing)}",
                 f"add them by `tsumugu tokenizer extend {tokenizer} --template {name} --output DIR`"
-                + (', or import it with --newline "<NL>"' if missing == ["<NL>"] else ", and prepare with that folder"),
+                ", and prepare with that folder",
             )
-        own = [
-            getattr(template, key) or "" for key in ("without_input", "with_input", "system", "assistant", "after_stop")
-        ]
+        keys = ("without_input", "with_input", "next_without_input", "next_with_input")
+        own = [getattr(template, key) or "" for key in (*keys, "system", "assistant", "after_stop")]
         spelt = {piece for form in own for piece, special in cut(form, list(specials)) if special}
         if unlisted := sorted(spelt - set(template.special_tokens)):
             raise UserError(
@@ -226,7 +238,8 @@ def check_template(template: Template | ChatTemplate, name: str, tokenizer: Path
     if contract.newline == "lost" and any("\n" in segment.text for segment in segments):
         raise UserError(
             f"template {name} has newlines, which the tokenizer {tokenizer} cannot express",
-            "use a tokenizer with a newline",
+            "import it with --newline TOKEN, add one by `tsumugu tokenizer extend --tokens FILE` (with a line of "
+            '"\\n", a tab and the word text), or choose a template without newlines, such as rinna',
         )
     eos = next((token for token, id in specials.items() if id == contract.eos_id), None)
     (found,) = encode_conversations([probe], template, encoder, [], contract.eos_id, "responses", specials)

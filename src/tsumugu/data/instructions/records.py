@@ -9,7 +9,7 @@ from tsumugu.tokenizer.load import check_unicode
 
 # The columns that make up a record, by form. Where a record has several forms, the caller's `fields` say which counts.
 _FORMS = (("messages",), ("conversations",), ("instruction", "output"), ("prompt", "response"))
-FIELDS = ("instruction", "input", "output", "prompt", "response", "messages", "conversations")
+FIELDS = ("instruction", "input", "output", "prompt", "response", "messages", "conversations", "system")
 
 # Whose turn it is, as data sets call it.
 _ROLES = {
@@ -52,8 +52,9 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
     """The conversation in one record: an optional system message, then user and assistant in turn.
 
     Forms: instruction, input (may be absent or null) and output; prompt and response; messages (a list of role, content
-    and, if some are not to be learned, train); ShareGPT's conversations (a list of from and value). A turn's
-    reasoning_content goes in front of its content, between <think> and </think>.
+    and, if some are not to be learned, `train: false` or `weight: 0`); ShareGPT's conversations (a list of from and
+    value). Beside each, system (may be absent or null) is a system message. A turn's reasoning_content goes in front of
+    its content, between <think> and </think>.
 
     Args:
         values: Columns to values.
@@ -61,8 +62,8 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
 
     Raises:
         UserError: What is wrong with the record, without its place. What many records of a corpus have (`empty reply`,
-            `empty question`, `the last turn is not the assistant's`, `the turns do not alternate`) is an
-            UnusableError, to be counted.
+            `empty question`, `unclosed <think>`, `the last turn is not the assistant's`, `the turns do not alternate`)
+            is an UnusableError, to be counted.
     """
     form = _form_of(values, fields)
     if form in (("messages",), ("conversations",)):
@@ -75,6 +76,13 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
             raise UserError(f"no column {column}", f"it has: {', '.join(map(str, values))}")
         input = _text(values.get(column), column) if form[0] == "instruction" else ""
         messages = [Message("user", question, input=input), Message("assistant", reply)]
+    column = fields.get("system", "system")
+    if "system" in fields and column not in values:
+        raise UserError(f"no column {column}", f"it has: {', '.join(map(str, values))}")
+    if system := _text(values.get(column), column):
+        if messages and messages[0].role == "system":
+            raise UserError(f"both {column} and the first turn are system messages", "keep one of them")
+        messages = [Message("system", system), *messages]
     check_turns(messages)
     return messages
 
@@ -121,16 +129,18 @@ def _turns(turns: object, column: str, role_name: str, content_name: str) -> lis
         if role_name not in turn or content_name not in turn:
             missing = content_name if role_name in turn else role_name
             raise UserError(f"{column}, turn {number}: no {missing}", f"it has: {', '.join(map(str, turn))}")
-        role, train = turn[role_name], turn.get("train")
+        role, train, weight = turn[role_name], turn.get("train"), turn.get("weight")
         if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"{column}, turn {number}: unknown role {role!r}", f"known: {', '.join(_ROLES)}")
         if not isinstance(train, bool | None):
             raise UserError(f"{column}, turn {number}: train is {train!r}", "use true or false")
+        if weight not in (None, 0, 1):
+            raise UserError(f"{column}, turn {number}: weight is {weight!r}", "use 0 (not learned) or 1")
         content = _text(turn[content_name], f"{column}, turn {number}: {content_name}")
         thoughts = _text(turn.get("reasoning_content"), f"{column}, turn {number}: reasoning_content")
         if thoughts and _ROLES[role] == "assistant":
             content = f"<think>\n{thoughts}\n</think>\n\n{content}" if content.strip() else ""
-        messages.append(Message(_ROLES[role], content, train is not False))
+        messages.append(Message(_ROLES[role], content, train is not False and weight != 0))
     if messages and messages[0].role == "system" and not messages[0].content:
         del messages[0]
     return messages
@@ -147,8 +157,23 @@ def check_turns(messages: list[Message]) -> None:
         hint = "after an optional system message, user and assistant take turns, and user begins"
         raise UnusableError("the turns do not alternate", hint)
     for turn in turns:
-        if not turn.content.strip():
-            raise UnusableError("empty reply" if turn.role == "assistant" else "empty question")
+        if turn.role == "user":
+            if not turn.content.strip():
+                raise UnusableError("empty question")
+            continue
+        thinks = turn.content.lstrip().startswith("<think>")
+        if thinks and turn.content.rfind("</think>") < turn.content.rfind("<think>"):
+            raise UnusableError("unclosed <think>", "close the reply's thoughts and give what follows them")
+        if not split_thoughts(turn.content)[1].strip():
+            raise UnusableError("empty reply")
+
+
+def split_thoughts(content: str) -> tuple[str, str]:
+    """What stands between <think> and </think> in a reply, and what follows, as Qwen3's published template reads it."""
+    if "</think>" not in content:
+        return "", content
+    parts = content.split("</think>")
+    return parts[0].split("<think>")[-1].strip("\n"), parts[-1].lstrip("\n")
 
 
 def to_json(messages: Sequence[Message]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from tsumugu.data.instructions.records import Message
+from tsumugu.data.instructions.records import Message, split_thoughts
 from tsumugu.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,10 +92,6 @@ class Template:
     earlier_replies: Literal["as_generated", "without_stop", "without_thoughts"] = "as_generated"
     several_turns: Literal["yes", "trained", "no"] = "yes"
 
-    def prompt(self, instruction: str, input: str = "", first: bool = True) -> str:
-        """A user's message in its form, as text."""
-        return "".join(text for text, _ in self._user(Message("user", instruction, input=input), (), first))
-
     def segments(self, messages: Sequence[Message]) -> list[Segment]:
         """The conversation as pieces; one that ends with the user's message is a prompt, up to where the reply begins.
 
@@ -148,12 +144,13 @@ class Template:
         return "{system}" in self.without_input
 
     def _text(self, text: str) -> str:
-        if self.strip:
-            text = text.strip()
-        return text.replace("\r\n", self.newline).replace("\n", self.newline) if self.newline != "\n" else text
+        return self._newlines(text.strip() if self.strip else text)
 
     def _system_text(self, text: str) -> str:
-        return text if self._system_inside else self._text(text)
+        return self._newlines(text) if self._system_inside else self._text(text)
+
+    def _newlines(self, text: str) -> str:
+        return text.replace("\r\n", self.newline).replace("\n", self.newline) if self.newline != "\n" else text
 
     def _reply_text(self, content: str, last: bool) -> str:
         if self.earlier_replies == "without_thoughts":
@@ -216,7 +213,7 @@ class Template:
                 "{%- endif -%}"
             )
         else:
-            text = "messages[0]['content']" if self._system_inside else self._jinja_text("messages[0]['content']")
+            text = self._jinja_text("messages[0]['content']", self.strip and not self._system_inside)
             messages.append(
                 "{%- if messages[0]['role'] == 'system' -%}"
                 f"{{%- set system = {text} -%}}{{%- set turns = messages[1:] -%}}"
@@ -260,8 +257,8 @@ class Template:
             ]
         )
 
-    def _jinja_text(self, expression: str) -> str:
-        if self.strip:
+    def _jinja_text(self, expression: str, strip: bool | None = None) -> str:
+        if self.strip if strip is None else strip:
             expression = f"({expression}) | trim"
         if self.newline != "\n":
             expression = rf"({expression}).replace('\r\n', {self.newline!r}).replace('\n', {self.newline!r})"
@@ -280,14 +277,6 @@ class Template:
             r"{%- set content = content.split('</think>')[-1].lstrip('\n') -%}"
             "{%- endif -%}"
         )
-
-
-def split_thoughts(content: str) -> tuple[str, str]:
-    """What stands between <think> and </think> in a reply, and what follows, as Qwen3's published template reads it."""
-    if "</think>" not in content:
-        return "", content
-    parts = content.split("</think>")
-    return parts[0].split("<think>")[-1].strip("\n"), parts[-1].lstrip("\n")
 
 
 def cut(text: str, tokens: Sequence[str]) -> list[tuple[str, bool]]:
@@ -470,19 +459,17 @@ def _from_keys(keys: dict, place: str) -> Template:
     if "without_input" not in keys:
         raise UserError(f"{place}: no without_input", "give the form of a user's message, with {instruction}")
     template = Template(**{key: _value(key, value, place) for key, value in keys.items()})
-    for key, places in {
-        "without_input": ("instruction",),
-        "with_input": ("instruction", "input"),
-        "next_without_input": ("instruction",),
-        "next_with_input": ("instruction", "input"),
-        "system": ("content",),
-    }.items():
-        form = getattr(template, key)
-        if "\\n" in (form or ""):
+    for key in names:
+        value = getattr(template, key)
+        texts = value if isinstance(value, tuple) else [value] if isinstance(value, str) else []
+        if any("\\n" in text for text in texts):
             raise UserError(f"{place}: {key} has a backslash and an n", "write it in double quotes for a newline")
-        for name in places if form else ():
-            if form.count(f"{{{name}}}") != 1:
-                raise UserError(f"{place}: {key} must have {{{name}}} once", f"it is {form!r}")
+        if texts and key not in _CHOICES and (value or key == "without_input"):
+            _check_places(key, "".join(texts), place)
+    if template.with_input and ("{system}" in template.with_input) != template._system_inside:
+        raise UserError(
+            f"{place}: of without_input and with_input only one has {{system}}", "the system message stands in both"
+        )
     if template._system_inside and template.system is None:
         raise UserError(f"{place}: without_input has {{system}}, but there is no system", "give system: with {content}")
     if template.stop != EOS and template.stop not in template.special_tokens:
@@ -490,6 +477,29 @@ def _from_keys(keys: dict, place: str) -> Template:
     if template.default_system and template.system is None:
         raise UserError(f"{place}: default_system without system", "give system: with {content}")
     return template
+
+
+# The places that a form must have, and those that it may have; other keys have none.
+_PLACES_OF = {
+    "without_input": (("instruction",), ("system",)),
+    "with_input": (("instruction", "input"), ("system",)),
+    "next_without_input": (("instruction",), ()),
+    "next_with_input": (("instruction", "input"), ()),
+    "system": (("content",), ()),
+}
+
+
+def _check_places(key: str, form: str, place: str) -> None:
+    """Refuses a form in which a part of the conversation is missing, stands twice, or is none that it can have."""
+    needed, further = _PLACES_OF.get(key, ((), ()))
+    for name in needed:
+        if form.count(f"{{{name}}}") != 1:
+            raise UserError(f"{place}: {key} must have {{{name}}} once", f"it is {form!r}")
+    found = re.findall(r"\{\s*\w+\s*\}", form)
+    known = [f"{{{name}}}" for name in (*needed, *further)]
+    if unknown := [word for word in found if word not in known] or [word for word in found if found.count(word) > 1]:
+        hint = f"it may have {' and '.join(known)}, once" if known else "it is written as it stands"
+        raise UserError(f"{place}: {key} has {unknown[0]}, for which nothing would be put there", hint)
 
 
 def _value(key: str, value: Any, place: str) -> Any:
