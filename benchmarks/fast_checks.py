@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 from tsumugu import config
 from tsumugu.distributed.environment import process_group
-from tsumugu.kernels import cross_entropy, has_triton, triton_kernels
+from tsumugu.kernels import cross_entropy, has_triton
 from tsumugu.kernels import masters as kernels
 from tsumugu.model import masters
 from tsumugu.training.signals import StopRequest
@@ -52,6 +52,8 @@ def apart(found: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def check_masters() -> None:
+    from tsumugu.kernels import triton_kernels
+
     for size in (1, 5000, 2**20 + 3, 3 * 2**20):
         master = torch.randn(size, device="cuda")
         reference = nn.Parameter(master.clone())
@@ -107,7 +109,7 @@ def check_head() -> None:
                 ("hidden states", "weight"), (states.grad, weight.grad), exact, whole, strict=False
             ):
                 # 16 bits alone are off by 2^-9 at most, and torch's own way rounds as well
-                check(f"{name}: gradient of {what} (torch: {apart(theirs, wanted):.2g})", apart(found, wanted), 2.5e-3)
+                check(f"{name}: d {what} (torch: {apart(theirs, wanted):.2g})", apart(found, wanted), 2.5e-3)
         cross_entropy.LOGITS_AT_A_TIME = 2**27
     weight = torch.zeros(1000, 64, device="cuda")
     cross_entropy._add_product(
@@ -174,9 +176,8 @@ def check_runs(folder: Path) -> None:
             print("\n".join(paths))
         check(f"{name}: losses of {STEPS} steps", float(np.abs(fast / plain - 1).max()), 2e-3)
         exact, _, _ = take(run_of(folder, name, train__dtype="float32", parallel__compile=False), folder / f"{name} 32")
-        print(
-            f"       from float32: fsdp {np.abs(plain / exact - 1).max():.2g}, fast {np.abs(fast / exact - 1).max():.2g}"
-        )
+        distances = [f"{np.abs(losses / exact - 1).max():.2g}" for losses in (plain, fast)]
+        print(f"       from float32: fsdp {distances[0]}, fast {distances[1]}")
     name = "gpt_neox"
     half = {"train__stop_after": STEPS // 2}
     _, at_half, _ = take(run_of(folder, name, **half), folder / "half")

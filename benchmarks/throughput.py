@@ -1,4 +1,4 @@
-"""Tokens a second of pretraining on one GPU: tsumugu, each of its tricks alone and together, and Hugging Face's Trainer.
+"""Tokens a second of pretraining on one GPU: tsumugu, each of its tricks and all together, and Hugging Face's Trainer.
 
     python benchmarks/throughput.py --preset 3.6b                       # the rows below, one Markdown table
     python benchmarks/throughput.py --preset 1b --row "fast micro=8" --row "hf micro=8"
@@ -26,6 +26,7 @@ also stands where the device's time goes by kind of kernel, from a profile of on
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -184,7 +185,7 @@ def parts(trainer: Any) -> dict[str, float]:
     del trainer._summed_loss, trainer._mark
     torch.cuda.synchronize()
     sums: dict[str, list[float]] = {}
-    for (name, event), (_, after) in zip(marks, marks[1:], strict=False):
+    for (name, event), (_, after) in itertools.pairwise(marks):
         sums.setdefault(name, []).append(event.elapsed_time(after))
     return {name: sum(times) / len(times) for name, times in sums.items()}
 

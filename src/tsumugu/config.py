@@ -573,9 +573,9 @@ class ParallelConfig:
     compile: bool | None = None
     """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
     activation_memory_budget: float | None = None
-    """With compile: a share of what backward needs of compiled layers, 0 to 1, beyond which the cheapest is recomputed."""
+    """With compile: the share (0 to 1) of what backward needs of layers that is kept; the cheapest is recomputed."""
     chunked_loss: bool | None = None
-    """Head and loss over chunks of tokens, so that logits are never whole in memory; default: where the model allows."""
+    """Head and loss over chunks of tokens, so that logits are never whole in memory; default: where that is exact."""
     offload_activations: bool = False
     """What layers keep for backward waits in host memory (with activation_checkpointing none or full)."""
     offload_optimizer: bool = False

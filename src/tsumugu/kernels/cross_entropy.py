@@ -20,8 +20,8 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """The sum of the cross entropies (nats) of tokens whose logits are a linear function of `hidden_ND`.
 
-    In float32, or in float64 where that is what the logits are in. The weight's gradient is summed in float32, and stays
-    so where the weight's `grad_dtype` allows it.
+    In float32, or in float64 where that is what the logits are in. The weight's gradient is summed in float32, and
+    stays so where the weight's `grad_dtype` allows it.
 
     Args:
         hidden_ND: (tokens, hidden size).

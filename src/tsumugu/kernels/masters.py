@@ -1,8 +1,8 @@
 """float32 masters kept as bfloat16 weights and the 16 bits that those lack, and AdamW on them in one pass.
 
 A master's bits are the weight's, with sixteen zeros behind them, plus the low bits as a signed number: so the weight is
-the master rounded to the nearest bfloat16 (halfway cases away from zero), and the master is known exactly, in four bytes
-altogether.
+the master rounded to the nearest bfloat16 (halfway cases away from zero), and the master is known exactly, in four
+bytes altogether.
 """
 
 import torch

@@ -22,7 +22,8 @@ def adamw(
 ) -> None:
     """See `masters.adamw`; every tensor is contiguous."""
     for tensor in (weight, low, gradient, first, second):
-        assert tensor.is_contiguous() and tensor.numel() == weight.numel()
+        assert tensor.is_contiguous()
+        assert tensor.numel() == weight.numel()
     size = weight.numel()
     _adamw[(triton.cdiv(size, _BLOCK),)](
         weight.view(torch.int16), low, gradient, first, second, scalars,

@@ -1,7 +1,7 @@
 """Models whose trained weights are in bfloat16, with the rest of their float32 masters beside them.
 
-A parameter of such a model has the 16 bits that its master has beyond it as an attribute, so that weights are never cast
-and masters take no memory twice. Checkpoints hold the masters, whole.
+A parameter of such a model has the 16 bits that its master has beyond it as an attribute, so that weights are never
+cast and masters take no memory twice. Checkpoints hold the masters, whole.
 """
 
 import contextlib

@@ -28,10 +28,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW on a model whose weights are split from their masters, with the state, and the numbers, of torch's fused one.
+    """AdamW on a model whose weights are split from their masters, with the state and numbers of torch's fused one.
 
-    Gradients of micro batches are summed in float32, as soon as backward has made each of them; `collect` makes the sums
-    the parameters' gradients. The factor of clipping is applied where they are read, by the step.
+    Gradients of micro batches are summed in float32, as soon as backward has made each of them; `collect` makes the
+    sums the parameters' gradients. The factor of clipping is applied where they are read, by the step.
     """
 
     found_inf: torch.Tensor
