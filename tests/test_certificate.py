@@ -26,6 +26,7 @@ from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.export import CertificateError, export, export_state_dict
 from tsumugu.tokenizer.contract import read_contract
+from tsumugu.tokenizer.train import train_byte_level
 from tsumugu.training.trainer import Trainer
 
 
@@ -82,6 +83,7 @@ def test_a_sound_export_passes_in_fresh_processes_of_transformers_5_and_4(
     assert cli.main(arguments) == 0
     shown = capsys.readouterr().out
     assert "logits differ by 0 at most" in shown
+    assert "llama.cpp" in shown
     content = content_of(model)
     assert content["failures"] == []
     assert [found["transformers"].split(".")[0] for found in content["verified"]] == ["5", "4"]
@@ -309,6 +311,16 @@ def test_the_samples_full_checkpoint_becomes_a_folder(wrapped: bool, tokenizer_f
     assert content_of(tmp_path / "model")["verified"][0]["logit_difference"] == 0
     assert cli.main([*arguments, "--tokenizer", str(tokenizer_folder)]) == 0
     assert cli.main(arguments) == 2  # without the tokenizer it is another export
+
+
+def test_special_tokens_that_a_golden_string_spells_are_no_fault(tmp_path: Path):
+    train_byte_level(lambda: ["reserved_0 の文章を読む。" * 20], tmp_path / "bytes", vocab_size=280, reserved=2)
+    vocab_size = read_contract(tmp_path / "bytes").vocab_size
+    config = tiny_config("gpt2", True, vocab_size=vocab_size)
+    config.save_pretrained(tmp_path / "config")
+    torch.save(stock_model(config).state_dict(), tmp_path / "model.pt")
+    export_state_dict(tmp_path / "model.pt", str(tmp_path / "config"), tmp_path / "out", "float32", tmp_path / "bytes")
+    assert content_of(tmp_path / "out")["failures"] == []
 
 
 def test_state_dicts_that_are_not_those_of_the_configuration_are_refused(tmp_path: Path):

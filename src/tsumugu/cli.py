@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the check failed, 2 the user's input is wrong (one line), 
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import os
@@ -207,13 +208,45 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     export.add_argument("--push-to-hub", metavar="NAME", help="upload the folder to the hub, privately")
     export.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody")
 
-    generate = command(commands, "generate", _generate, "continue or answer a prompt")
-    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder")
-    generate.add_argument("--prompt", required=True, metavar="TEXT")
+    generate = command(
+        commands, "generate", _generate, "continue or answer a prompt, a file of them, or a conversation"
+    )
+    generate.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a run folder, or RUN@STEP")
+    asked = generate.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", help="one prompt; without this and --prompts: a session of several")
+    asked.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line, or .jsonl (instruction, messages, ...); writes JSON lines"
+    )
     generate.add_argument("--input", default="", metavar="TEXT", help="the input that the instruction is about")
     generate.add_argument("--system", default="", metavar="TEXT", help="a system message, where the template has one")
-    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     generate.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    generate.add_argument("--do-sample", action="store_true", help="draw tokens; default: the likeliest one each time")
+    generate.add_argument("--temperature", type=float, metavar="T")
+    generate.add_argument("--top-p", type=float, metavar="P")
+    generate.add_argument("--top-k", type=int, metavar="K")
+    generate.add_argument("--repetition-penalty", type=float, metavar="R")
+    generate.add_argument("--num-beams", type=int, metavar="N")
+    generate.add_argument("--seed", type=int, metavar="N", help="with --do-sample: for the same replies again")
+    generate.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        default=8,
+        metavar="N",
+        help="with --prompts (default: 8); drawn replies vary with it",
+    )
+    generate.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: as stored; of a run: float32"
+    )
+
+    report = command(commands, "report", _report, "one HTML page about a run, or comparing several")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--output", metavar="FILE", help="default: report.html in the run, of several runs here")
+    report.add_argument("--prompts", metavar="FILE", help="as of `generate`: show replies of the kept checkpoints")
+    report.add_argument(
+        "--max-new-tokens", type=_whole(1), default=128, metavar="N", help="of each reply (default: 128)"
+    )
+    report.add_argument("--png", metavar="DIR", help="write the curves as pictures too (needs matplotlib)")
 
     evaluate = command(commands, "evaluate", _evaluate, "loss, Japanese tasks and replies of models, side by side")
     _add_evaluate_arguments(evaluate)
@@ -500,6 +533,8 @@ def _run_dir(options: argparse.Namespace) -> Path:
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu import certificate
     from tsumugu.export import CertificateError, export, export_state_dict, push_to_hub
+    from tsumugu.interoperability import servers, tokenizer_kind
+    from tsumugu.model.build import read_config
 
     if sum(map(bool, (options.source, options.verify, options.from_state_dict))) != 1:
         raise UserError("export takes one of RUN, --from-state-dict and --verify", "see `tsumugu export --help`")
@@ -530,6 +565,9 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if content["origin"].get("step") == 0:
         print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
     code = _show_certificate(output, [], content["verified"], "done" if made else "already done")
+    if (output / "config.json").exists():  # not of adapters
+        for line in servers(read_config(str(output)), tokenizer_kind(output)):
+            print(f"  {line}")
     if options.push_to_hub:
         print(push_to_hub(output, options.push_to_hub, options.public))
     return code
@@ -554,12 +592,52 @@ def _show_certificate(folder: Path, failures: list[str], figures: list[dict], do
 
 
 def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
-    from tsumugu.generate import Generator
+    import json
 
-    reply, _ = Generator(Path(options.model), options.template).generate(
-        options.prompt, options.input, options.max_new_tokens, options.system
-    )
-    print(reply)
+    from tsumugu.generate import Decoding, Generator, answer, conversation, converse
+
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
+    decoding = Decoding(**{name: getattr(options, name) for name in names})
+    if options.seed is not None and not options.do_sample:
+        raise UserError("--seed has no effect on greedy decoding", "add --do-sample")
+    if options.input and options.prompt is None:
+        raise UserError("--input goes with --prompt", "put it into the lines of --prompts, or into the message")
+    if options.prompt is None and options.prompts is None and not sys.stdin.isatty():
+        raise UserError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT or --prompts FILE")
+    generator = Generator(options.model, options.template, options.dtype)
+    if options.seed is not None:
+        import torch
+
+        torch.manual_seed(options.seed)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if options.prompts is not None:
+        for line in answer(generator, Path(options.prompts), decoding, options.batch_size, options.system):
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    elif options.prompt is not None:
+        messages = conversation(options.prompt, options.input, options.system)
+        generator.reply(generator.encode(messages), decoding, write)
+        print()
+    else:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (line editing and history)
+        converse(generator, decoding, lambda: input("> "), write, options.system)
+    return 0
+
+
+def _report(options: argparse.Namespace, _flags: list[str]) -> int:
+    from tsumugu.report import report
+
+    for path in report(
+        [Path(run) for run in options.runs],
+        Path(options.output) if options.output else None,
+        prompts=Path(options.prompts) if options.prompts else None,
+        max_new_tokens=options.max_new_tokens,
+        png=Path(options.png) if options.png else None,
+    ):
+        print(path)
     return 0
 
 

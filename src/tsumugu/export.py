@@ -457,7 +457,7 @@ def _file_groups(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
 
 
 def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, output: Path) -> None:
-    """config.json for transformers 5, and beside it the names that transformers 4 reads."""
+    """config.json for transformers 5, and beside it the names that transformers 4 and others read."""
     config.dtype = dtype
     config.architectures = [type(model).__name__]
     config.save_pretrained(output)
@@ -472,6 +472,8 @@ def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, 
             content |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": share}
         if rope.get("rope_type", "default") != "default":
             content["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if config.model_type == "gpt2":
+        content["n_ctx"] = content["n_positions"]  # llama.cpp's converter knows it by this name
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
 
 

@@ -1,104 +1,471 @@
-"""Text from an exported folder, through stock transformers."""
+"""Text from a model: an exported folder, or a checkpoint of a run, through stock transformers' own generation.
 
+One prompt, a file of prompts, or a session of several turns. The ids of a prompt are those that it has in training, and
+generation stops at the stop token of the template.
+"""
+
+import contextlib
 import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
-from tsumugu.data.instructions import Message, find_template, prompt_ids
+from tsumugu.data.instructions import Message, find_template, prompt_ids, prompt_of
 from tsumugu.data.instructions.encode import special_ids, stop_id
 from tsumugu.data.instructions.templates import EOS
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN
+from tsumugu.export import ORIGIN, _merged
+from tsumugu.model import build, lora
 from tsumugu.model.build import quiet
+from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.load import check_unicode
+from tsumugu.training import checkpoint
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
+_CONTEXT = 16  # ids of a prompt that are decoded along with what follows it: more than one character has bytes
+_SHORTEN = "shorten it"
+
+
+def load_model(source: str, dtype: str | None = None) -> tuple[PreTrainedModel, Any, dict]:
+    """A model for inference, on the GPU where there is one.
+
+    Args:
+        source: A Hugging Face folder, or RUN or RUN@STEP (the newest complete checkpoint).
+        dtype: bfloat16, float16 or float32; None: as stored, which for a run is float32.
+
+    Returns:
+        The model; the tokenizer, whose `name_or_path` is the folder it was read from; and what is known about the
+        training: `template` and `add_bos`, of a run and its exports also `step`.
+
+    Raises:
+        UserError: No model there, or a damaged one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = Path(source)
+    if (folder / "config.json").exists():
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8")) if (folder / ORIGIN).exists() else {}
+        try:
+            with quiet():
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    folder, trust_remote_code=False, dtype=_DTYPES[dtype] if dtype else "auto"
+                )
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
+        return model.eval().to(device), tokenizer, origin
+    if not (folder / "checkpoints").is_dir() and "@" not in folder.name:
+        raise UserError(f"{folder} holds no model", "give a run, or a folder that `tsumugu export` has made")
+    run_dir, step = checkpoint.resolve(source)
+    return _load_checkpoint(run_dir, step, dtype or "float32", device)
+
+
+def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple[PreTrainedModel, Any, dict]:
+    path = checkpoint.folder(run_dir, step)
+    checkpoint.check(path)
+    state = checkpoint.read_state(run_dir, step)
+    contract = read_contract(run_dir / "tokenizer")
+    config = build.read_config(str(run_dir / "model"))
+    build.take_special_ids(config, contract)
+    model = build.meta_model(config, _DTYPES[dtype])
+    model.to_empty(device=device)
+    model.tie_weights()
+    build.rebuild_buffers(model)
+    tied = build.tied_names(model)
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    if state.get("lora"):
+        lora.check_installed()
+        read = _merged(config, lora.Adapters(**state["lora"]), path, dtype)
+        for name, tensor in tensors.items():
+            tensor.copy_(read(name))
+    else:
+        _load_weights(tensors, path)
+    model.tie_weights()
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
+    template = find_template(state["template"], run_dir / "tokenizer") if state["template"] else None
+    stop = stop_id(template, run_dir / "tokenizer") if template else None
+    model.generation_config = build.generation_config(config, contract, [] if stop is None else [stop])
+    return model.eval(), tokenizer, {"step": step, "template": state["template"], "add_bos": state["add_bos"]}
+
+
+def _load_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    stored = checkpoint.read_metadata(path).state_dict_metadata
+    if missing := sorted(name for name in tensors if f"model.{name}" not in stored):
+        raise UserError(
+            f"{path}: its weights are not those of its configuration: it lacks {', '.join(missing[:3])}",
+            "use the transformers version that it was trained with",
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as asked for, by no_dist
+        checkpoint.load({"model": tensors}, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How ids are chosen, by the names of transformers' GenerationConfig; None: as the model's own says, or else as
+    transformers does. Greedy by default.
+
+    Raises:
+        UserError: A value that cannot be, or that would have no effect.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    num_beams: int | None = None
+
+    def __post_init__(self):
+        for name, least in (("max_new_tokens", 1), ("num_beams", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{_flag(name)} is {value}", f"use {least} or more")
+        for name, most in (("temperature", None), ("top_p", 1), ("repetition_penalty", None)):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and (most is None or value <= most)):
+                raise UserError(f"{_flag(name)} is {value}", "use more than 0" + (f", up to {most}" if most else ""))
+        unused = [name for name in ("temperature", "top_p", "top_k") if getattr(self, name) is not None]
+        if unused and not self.do_sample:
+            raise UserError(f"{_flag(unused[0])} has no effect on greedy decoding", "add --do-sample")
+
+    def arguments(self) -> dict[str, Any]:
+        """For `generate` of transformers, but for the number of tokens."""
+        chosen = ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
+        given = {name: getattr(self, name) for name in chosen if getattr(self, name) is not None}
+        # what a model's own generation_config says about sampling would be warned of
+        neutral = {} if self.do_sample else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        return {"do_sample": self.do_sample, **neutral, **given}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Text, and whether it ended by itself."""
+
+    text: str
+    stopped: bool
 
 
 class Generator:
-    """A loaded model.
+    """A loaded model and the template of its prompts.
 
     Args:
-        folder: A Hugging Face folder.
-        template: What `find_template` takes, "none", or None for the template that the folder was trained with.
+        source, dtype: As of `load_model`.
+        template: What `find_template` takes, "none", or None for the template that the model was trained with.
 
     Raises:
         UserError: No model there that can be read, or no template of that name.
     """
 
-    def __init__(self, folder: Path, template: str | None = None):
-        if not (folder / "config.json").exists():
-            raise UserError(f"{folder} holds no model", "make one with `tsumugu export`")
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8")) if (folder / ORIGIN).exists() else {}
+    def __init__(self, source: Path | str, template: str | None = None, dtype: str | None = None):
+        self.tokenizer: Any
+        self.model: Any
+        self.model, self.tokenizer, origin = load_model(str(source), dtype)
+        folder = Path(self.tokenizer.name_or_path)
         name = template or origin.get("template")
         self.template = find_template(name, folder) if name and name != "none" else None
         self.add_bos: bool | None = origin.get("add_bos")  # None: as the tokenizer itself does
-        try:
-            with quiet():
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                self.model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
         self.specials: dict[str, int] = {}
         self.stop_ids = _ids(self.model.generation_config.eos_token_id)
         if self.template:
             self.specials = {EOS: self.tokenizer.eos_token_id, **special_ids(folder)}
             if missing := [t for t in getattr(self.template, "special_tokens", ()) if t not in self.specials]:
-                raise UserError(f"{folder} lacks {' '.join(missing)} of the template", "choose another --template")
+                raise UserError(f"{source} lacks {' '.join(missing)} of the template", "choose another --template")
             own = stop_id(self.template, folder)
             self.stop_ids += [own] if own is not None and own not in self.stop_ids else []
-        self.model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
-    @torch.no_grad()
     def generate(self, prompt: str, input: str = "", max_new_tokens: int = 128, system: str = "") -> tuple[str, bool]:
         """The greedy continuation of a prompt (with a template: the reply), and whether it ended by itself."""
-        if max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {max_new_tokens}", "use 1 or more")
-        for what, text in (("the prompt", prompt), ("the input", input), ("the system message", system)):
-            check_unicode(text, what)
-        ids = self._encode(prompt, input, system)
-        longest = getattr(self.model.config, "max_position_embeddings", None) or len(ids) + max_new_tokens
-        if len(ids) >= longest:
-            raise UserError(f"the prompt has {len(ids)} tokens, the model has {longest} positions", "shorten it")
-        prompt_ids = torch.tensor([ids], device=self.model.device)
-        output = self.model.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
-            max_new_tokens=min(max_new_tokens, longest - len(ids)),
-            do_sample=False,
-            eos_token_id=self.stop_ids or None,
-        )
-        reply = output[0, len(ids) :]
-        stopped = reply[-1].item() in self.stop_ids
-        text = self.tokenizer.decode(reply, skip_special_tokens=True)
-        newline = getattr(self.template, "newline", "\n")
-        return text.replace(newline, "\n"), stopped
+        reply = self.reply(self._encode(prompt, input, system), Decoding(max_new_tokens=max_new_tokens))
+        return reply.text, reply.stopped
 
-    def _encode(self, prompt: str, input: str = "", system: str = "") -> list[int]:
-        """The ids that this prompt has in training: special tokens spelt in it are text, and no eos follows it."""
-        for what, text in (("an input", input), ("a system message", system)):
-            if text and not self.template:
-                raise UserError(f"{what} is given, but no prompt template", "name one with --template")
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """The ids that a conversation, up to where the reply begins, has in training: special tokens spelt in it are
+        text, and no eos follows it.
+
+        Raises:
+            UserError: Several messages or an input, and no template; text that is none; nothing at all.
+        """
+        whats = {"system": "the system message", "user": "the prompt", "assistant": "a reply"}
+        for message in messages:
+            check_unicode(message.content, whats[message.role])
+            check_unicode(message.input, "the input")
         bos = [self.tokenizer.bos_token_id] if self.add_bos else []
         if self.template:
-            messages = [*([Message("system", system)] if system else []), Message("user", prompt, input=input)]
             own = [self.tokenizer.bos_token_id]
             by_tokenizer = self.add_bos is None and self.tokenizer("あ")["input_ids"][:1] == own
             ids = prompt_ids(messages, self.template, self._ids, [], self.specials)
             if by_tokenizer and getattr(self.template, "jinja", None) is None and ids[:1] != own:
                 bos = own
             return [*bos, *ids]
-        ids = self.tokenizer(prompt, add_special_tokens=self.add_bos is None, split_special_tokens=True)["input_ids"]
+        extra = {"an input": messages[-1].input, "a system message": messages[0].role == "system"}
+        extra["a conversation"] = len(messages) > 1
+        for what in (what for what, there in extra.items() if there):
+            raise UserError(f"{what} is given, but no prompt template", "name one with --template")
+        text = messages[0].content
+        ids = self.tokenizer(text, add_special_tokens=self.add_bos is None, split_special_tokens=True)["input_ids"]
         if not [*bos, *ids]:
             raise UserError("the prompt is empty", "give some text to continue")
         return [*bos, *ids]
+
+    def reply(self, ids: list[int], decoding: Decoding, write: Callable[[str], None] | None = None) -> Reply:
+        """What follows the ids of a prompt.
+
+        Args:
+            ids: Of `encode`.
+            decoding: How ids are chosen.
+            write: Is given the text piece by piece as it comes (by beams: at the end), whole characters only. The
+                pieces together are the reply.
+        """
+        (reply,) = self._replies([ids], decoding, write)
+        return reply
+
+    def replies(self, prompts: Sequence[list[int]], decoding: Decoding, batch_size: int = 1) -> Iterator[Reply]:
+        """What follows each of several prompts, in their order; padded on the left, so that it is the same as alone.
+
+        (In float32, that is: in bfloat16, two ids that are all but equally likely may change places.)
+        """
+        for row in prompts:
+            self._check_room(row)
+        if self.model.generation_config.no_repeat_ngram_size:
+            batch_size = 1  # padding would count as n-grams
+        waiting: list[list[int]] = []
+        for row in prompts:
+            whole = self._room(row) >= decoding.max_new_tokens
+            if waiting and (not whole or len(waiting) == batch_size):
+                yield from self._replies(waiting, decoding)
+                waiting = []
+            if whole:
+                waiting.append(row)
+            else:  # it has room for fewer tokens than others
+                yield from self._replies([row], decoding)
+        if waiting:
+            yield from self._replies(waiting, decoding)
+
+    @torch.no_grad()
+    def _replies(
+        self, batch: list[list[int]], decoding: Decoding, write: Callable[[str], None] | None = None
+    ) -> list[Reply]:
+        for row in batch:
+            self._check_room(row)
+        width = max(map(len, batch))
+        # A row is padded with its own first id, which a repetition penalty sees anyway.
+        padded = [[row[0]] * (width - len(row)) + row for row in batch]
+        mask = [[0] * (width - len(row)) + [1] * len(row) for row in batch]
+        contexts = [[] if self.template else row[-_CONTEXT:] for row in batch]
+        streams = write and (decoding.num_beams or self.model.generation_config.num_beams or 1) == 1
+        stream = _Stream(self, contexts[0], write) if write and streams else None
+        pad_id = self.model.generation_config.pad_token_id
+        output = self.model.generate(
+            torch.tensor(padded, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            max_new_tokens=min(decoding.max_new_tokens, *map(self._room, batch)),
+            eos_token_id=self.stop_ids or None,
+            pad_token_id=pad_id if pad_id is not None else self.stop_ids[0] if self.stop_ids else 0,
+            streamer=stream,
+            **decoding.arguments(),
+        )
+        replies = []
+        for ids, context in zip(output[:, width:].tolist(), contexts, strict=True):
+            end = next((place for place, id in enumerate(ids) if id in self.stop_ids), None)
+            replies.append(Reply(self.text(ids[:end], context), end is not None))
+        if write and not stream:
+            write(replies[0].text)
+        return replies
+
+    def text(self, ids: list[int], context: list[int]) -> str:
+        """The text that ids add to that of the ids before them: after text, a tokenizer that begins every text with a
+        space means the spaces that it writes."""
+        before, whole = (self._decode(ids) for ids in (context, [*context, *ids]))
+        text = whole[len(before) :] if whole.startswith(before) else self._decode(ids)
+        return text.replace(self.newline, "\n")
+
+    @property
+    def newline(self) -> str:
+        """What stands for a newline in the template."""
+        return getattr(self.template, "newline", "\n")
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a form for several turns."""
+        return self.template is not None and getattr(self.template, "several_turns", "yes") != "no"
+
+    def is_byte(self, id: int) -> bool:
+        """Whether an id is one byte of a character."""
+        return bool(_BYTE_PIECE.fullmatch(self.tokenizer.convert_ids_to_tokens(id) or ""))
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _room(self, ids: list[int]) -> int:
+        longest = getattr(self.model.config, "max_position_embeddings", None)
+        return longest - len(ids) if longest else 2**31
+
+    def _check_room(self, ids: list[int]) -> None:
+        if self._room(ids) < 1:
+            longest = self.model.config.max_position_embeddings
+            raise UserError(f"the prompt has {len(ids)} tokens, the model has {longest} positions", _SHORTEN)
+
+    def _encode(self, prompt: str, input: str = "", system: str = "") -> list[int]:
+        return self.encode(conversation(prompt, input, system))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [self.tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
 
 
+class _Stream(BaseStreamer):
+    """Writes a reply while it is generated, holding back what the next id may still change: bytes of a character, and
+    the beginning of what stands for a newline."""
+
+    def __init__(self, generator: Generator, context: list[int], write: Callable[[str], None]):
+        self.generator, self.context, self.write = generator, context, write
+        self.ids: list[int] | None = None
+        self.written = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.ids is None:  # the prompt
+            self.ids = []
+            return
+        self.ids += [id for id in value.tolist() if id not in self.generator.stop_ids]
+        # a run of bytes is decoded as one: a later one may spoil those before it
+        if self.ids and not self.generator.is_byte(self.ids[-1]):
+            text = self.generator.text(self.ids, self.context).rstrip("\ufffd")
+            newline = self.generator.newline
+            held = next((n for n in range(len(newline) - 1, 0, -1) if text.endswith(newline[:n])), 0)
+            self._write(text[: len(text) - held])
+
+    def end(self) -> None:
+        self._write(self.generator.text(self.ids or [], self.context))
+
+    def _write(self, text: str) -> None:
+        if len(text) > len(self.written):
+            self.write(text[len(self.written) :])
+            self.written = text
+
+
+def conversation(prompt: str, input: str = "", system: str = "") -> list[Message]:
+    """A prompt as messages."""
+    return [*([Message("system", system)] if system else []), Message("user", prompt, input=input)]
+
+
+def read_prompts(path: Path, system: str = "") -> list[tuple[Any, list[Message]]]:
+    """The prompts of a file, as they stand there and as messages.
+
+    Args:
+        path: .jsonl, with records of the forms that `prompt_of` takes; else a prompt a line.
+        system: A system message for those that have none.
+
+    Raises:
+        UserError: No such file, or a line that is no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # other line ends may stand inside a prompt
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", "give a file of prompts") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}", "save it as UTF-8") from None
+    prompts: list[tuple[Any, list[Message]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            prompts.append((line.rstrip("\r"), conversation(line.rstrip("\r"), system=system)))
+            continue
+        try:
+            record = json.loads(line)
+            messages = prompt_of(record)
+        except (ValueError, UserError) as error:
+            reason = error.message if isinstance(error, UserError) else "not JSON"
+            raise UserError(f"{path}:{number}: {reason}", getattr(error, "hint", "")) from None
+        if system and messages[0].role != "system":
+            messages.insert(0, Message("system", system))
+        prompts.append((record, messages))
+    if not prompts:
+        raise UserError(f"{path} holds no prompt", "write one a line")
+    return prompts
+
+
+def answer(generator: Generator, path: Path, decoding: Decoding, batch_size: int, system: str = "") -> Iterator[dict]:
+    """The prompts of a file (`prompt`, as it stands there), with `reply` and whether it `stopped` by itself.
+
+    Raises:
+        UserError: As of `read_prompts`, or a prompt that cannot be used, before anything is generated.
+    """
+    prompts = read_prompts(path, system)
+    encoded = []
+    for number, (_, messages) in enumerate(prompts, start=1):
+        try:
+            encoded.append(generator.encode(messages))
+            generator._check_room(encoded[-1])
+        except UserError as error:
+            raise UserError(f"{path}, prompt {number}: {error.message}", error.hint) from None
+    for (record, _), reply in zip(prompts, generator.replies(encoded, decoding, batch_size), strict=True):
+        yield {"prompt": record, "reply": reply.text, "stopped": reply.stopped}
+
+
+def converse(
+    generator: Generator,
+    decoding: Decoding,
+    read: Callable[[], str],
+    write: Callable[[str], None],
+    system: str = "",
+) -> None:
+    """A session: prompts and replies in turn, with what was said before, until /exit or the end of the input.
+
+    Args:
+        read: The next line of the user; raises EOFError at the end.
+        write: Shows text.
+        system: A system message.
+    """
+    write(f"{'/reset begins anew, ' if generator.remembers else ''}/exit or Ctrl-D ends, Ctrl-C stops a reply.\n")
+    if not generator.remembers:
+        write("Every line stands for itself: the model has no form for several turns.\n")
+    start = [Message("system", system)] if system else []
+    messages = start
+    while True:
+        try:
+            line = read().strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = start
+            write("(begun anew)\n")
+        if not line or line == "/reset":
+            continue
+        asked, said = [*messages, Message("user", line)], []
+
+        def show(text: str, said: list[str] = said) -> None:
+            said.append(text)
+            write(text)
+
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                generator.reply(generator.encode(asked), decoding, show)
+        except UserError as error:
+            write(f"{error}{'; /reset begins anew' if error.hint == _SHORTEN and messages != start else ''}\n")
+            continue
+        write("\n")
+        if generator.remembers:
+            messages = [*asked, Message("assistant", "".join(said))]
+
+
 def _ids(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -258,6 +258,7 @@ def _show_next_commands(work_dir: Path, models: dict[str, Path], console: Consol
     console.print("Next:", style="bold")
     commands = (
         f"tsumugu generate {models['instruct']} --prompt 'おすすめの朝食を教えてください。'",
+        f"tsumugu report {work_dir}/pretrain {work_dir}/instruct --output {work_dir}/report.html",
         f"tensorboard --logdir {work_dir}",
         "tsumugu quickstart --work-dir my-model --input my.jsonl --text body",
         f"cp {work_dir}/recipes/pretrain.yaml my-pretrain.yaml  # edit, then: "

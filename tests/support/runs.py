@@ -1,16 +1,21 @@
 """Tiny training runs: their configuration, a request to stop that comes at a given step, and what a run has made."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from support.models import tiny_config
 from tsumugu import config
-from tsumugu.config import TrainingRun
+from tsumugu.config import PrepareConfig, Source, TrainingRun
+from tsumugu.data.prepare import prepare
+from tsumugu.tokenizer.contract import read_contract
 from tsumugu.training.metrics import read_metrics
 from tsumugu.training.signals import StopRequest
+from tsumugu.training.trainer import train
 
 TIMINGS = (
     "tokens_per_second",
@@ -68,3 +73,28 @@ def figures(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     lines = [line for line in read_metrics(run_dir) if "checkpoint_seconds" not in line]
     return [{key: line[key] for key in line if key not in TIMINGS} for line in lines]
+
+
+def text_run(folder: Path, tokenizer: Path) -> Path:
+    """A run on real text in a folder, with checkpoints of steps 2 (after which it was stopped) and 4."""
+    texts = [f"朝早く起きて、川沿いの道を{number}キロほど歩いた。" * 5 for number in range(24)]
+    lines = (json.dumps({"text": text}) for text in texts)
+    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    source = Source(name="text", path=str(folder / "text.jsonl"))
+    prepare(
+        PrepareConfig(
+            sources=[source],
+            tokenizer=str(tokenizer),
+            output=str(folder / "store"),
+            workers=1,
+            validation_share=0.2,
+        )
+    )
+    vocab_size = read_contract(tokenizer).vocab_size
+    tiny_config("llama", True, max_position_embeddings=256, vocab_size=vocab_size).save_pretrained(folder / "shape")
+    changes = {"model.config": str(folder / "shape" / "config.json"), "train.max_steps": 4, "checkpoint.every": 2}
+    changes |= {"train.global_batch_size": 2, "train.micro_batch_size": 2, "optimizer.learning_rate": 0.01}
+    changes |= {"evaluate.every": 2}
+    for stop in (2, None):
+        train(run_config(folder / "store", changes | {"train.stop_after": stop}), folder / "run")
+    return folder / "run"

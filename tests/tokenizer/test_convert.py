@@ -11,7 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from tsumugu.errors import UserError
 from tsumugu.tokenizer.contract import GOLDEN
-from tsumugu.tokenizer.convert import compare, processor, to_fast
+from tsumugu.tokenizer.convert import NORMAL, compare, processor, to_fast
 from tsumugu.tokenizer.load import without_specials
 from tsumugu.tokenizer.normalize import read_charsmap
 
@@ -70,6 +70,15 @@ def test_ids_and_text_are_sentencepieces_own(kind: tuple, models: dict, texts: l
     ids = engine.encode(strings)
     decoded = [tokenizer.decode(of_text, skip_special_tokens=False) for of_text in ids]
     assert decoded == engine.decode(ids)
+
+
+def test_a_bpe_model_may_be_as_large_as_llamas(models: dict, texts: list[str]):
+    """Its scores are minus the ranks of its pieces."""
+    model = ModelProto()
+    model.CopyFrom(models[str(("bpe", "identity", True, True, False, []))])
+    for piece in model.pieces:
+        piece.score -= 31_000 if piece.type == NORMAL else 0
+    compare(model, without_specials(to_fast(model)), texts[:100])
 
 
 def differing(model: ModelProto, texts: list[str]) -> list[str]:

@@ -172,8 +172,8 @@ def audit(path: Path, rows: int = 3, model: Path | None = None) -> Report:
     return audited.report(rows, thorough=True)
 
 
-def quick_audit(store: Store) -> Report:
-    """The same over some hundred rows from all over the training split, within about a second.
+def quick_audit(store: Store, rows: int = 0) -> Report:
+    """The same over some hundred rows from all over the training split, within about a second, showing `rows` of them.
 
     What takes a look at all rows (copies, rows of both splits), or at the sources, is left out.
     """
@@ -183,7 +183,7 @@ def quick_audit(store: Store) -> Report:
     indices = np.unique(np.linspace(0, split.documents - 1, number).astype(np.int64)).tolist() if number else []
     for block in _blocks("train", split, indices, audited.supervised):
         audited.take(block)
-    return audited.report(0, thorough=False)
+    return audited.report(rows, thorough=False)
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def to_html(report: Report) -> str:
         for label, values in _figures(report, names)
     )
     lengths = "".join(
-        f"<tr><th>{low:,}–{high:,}</th><td>{count:,}</td><td>{bar}</td></tr>" for low, high, count, bar in _bars(report)
+        f'<tr><th>{low:,}–{high:,}</th><td>{count:,}</td><td class="blocks">{bar}</td></tr>'
+        for low, high, count, bar in _bars(report)
     )
     parts = [
         f"<h2>{escape(report.store)}</h2><p>{escape(_headline(report))}</p>",
@@ -95,10 +96,13 @@ def to_page(report: Report) -> str:
 _CSS = """
 .audit { font-family: sans-serif; }
 .audit td, .audit th { padding: .1em .8em .1em 0; text-align: right; font-weight: normal; }
-.audit .error h3 { color: #b00020; } .audit .warning h3 { color: #8a6d00; }
-.audit pre { white-space: pre-wrap; background: #f6f6f6; padding: .6em; }
-.audit .ignored { color: #777; } .audit .supervised { color: #06632a; font-weight: bold; }
-.audit .stop { background: #06632a; color: #fff; } .audit .ignored-stop { background: #ffd24d; }
+.audit .blocks { text-align: left; letter-spacing: -.05em; color: #06632a; color: light-dark(#06632a, #63d39b); }
+.audit .error h3 { color: #b00020; color: light-dark(#b00020, #ff8a80); }
+.audit .warning h3 { color: #8a6d00; color: light-dark(#8a6d00, #f0c75a); }
+.audit pre { white-space: pre-wrap; padding: .6em; background: #f6f6f6; background: light-dark(#f6f6f6, #22262e); }
+.audit .ignored { color: #777; color: light-dark(#777, #939cad); }
+.audit .supervised { color: #06632a; color: light-dark(#06632a, #7fe0b0); font-weight: bold; }
+.audit .stop { background: #06632a; color: #fff; } .audit .ignored-stop { background: #ffd24d; color: #000; }
 """
 
 

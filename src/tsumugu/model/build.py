@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
@@ -65,6 +65,28 @@ def stop_ids(config: PretrainedConfig) -> list[int]:
     """The ids at which generation stops; a configuration names none, one or several."""
     ids = config.eos_token_id
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def generation_config(
+    config: PretrainedConfig, contract: Contract, template_stops: Sequence[int] = ()
+) -> GenerationConfig:
+    """Stops at eos and a template's own stop token; ids that stand for no text (reserved ones, padding of the
+    vocabulary) are never generated.
+
+    Args:
+        config: With the special ids of the tokenizer, by `take_special_ids`.
+        contract: Of the tokenizer.
+        template_stops: The stop token of the template, where it is not eos.
+    """
+    stops = list(dict.fromkeys([*template_stops, *stop_ids(config)]))
+    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
+    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=stops or None,
+        pad_token_id=config.pad_token_id,
+        suppress_tokens=sorted(never) or None,
+    )
 
 
 def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

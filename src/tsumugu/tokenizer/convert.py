@@ -118,8 +118,6 @@ def _refusal(model: ModelProto) -> str | None:
         alien = set(piece.piece) - characters
         if alien and trainer.model_type == trainer.BPE and piece.type == NORMAL:
             return f"the piece {piece.piece!r} holds {min(alien)!r}, which is not a piece itself"
-        if len(piece.piece) * (lowest - 1) < NEVER:
-            return f"the piece {piece.piece!r} is too long, or scores are too low"
     if trainer.model_type == trainer.BPE:
         return _bpe_refusal(model, characters)
     for piece in model.pieces:

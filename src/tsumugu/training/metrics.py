@@ -10,7 +10,7 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -120,14 +120,19 @@ def _text(line: dict, keys: Sequence[str]) -> str:
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; those cut short by a kill or a full disk are left out."""
+    return list(metric_lines(run_dir))
+
+
+def metric_lines(run_dir: Path) -> Iterator[dict]:
+    """The same, one after the other."""
     path = run_dir / METRICS
     if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n"):
+                    yield json.loads(line)
 
 
 def memory_peak_gib(device: torch.device) -> float:

@@ -9,20 +9,24 @@ import hashlib
 import inspect
 import json
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+import tsumugu
 from tsumugu import config as configuration
 from tsumugu.config import DataConfig, ScheduleConfig, TrainingRun
 from tsumugu.data.audit import quick_audit
@@ -53,6 +57,7 @@ from tsumugu.training.storages import new_group, together
 from tsumugu.training.trackers import check_trackers, open_trackers
 from tsumugu.training.watchdog import PATIENCE, Watchdog, group_timeout, outlast
 
+STARTS = "starts.jsonl"  # in the run folder: a line for every start
 SAVED = ".saved"  # in the run folder: the last start ended with a checkpoint of its last step
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -560,6 +565,7 @@ class Trainer:
             (self.run_dir / SAVED).unlink(missing_ok=True)
             self._open_metrics()
             self._say_paths()
+            self._note_start()
             if self.past and self.metrics:
                 before = (f"{name} after {uses} rows" for name, uses in zip(names, self.past.uses, strict=True))
                 self.metrics.say(f"goes on at step {self.step} from another run; stores: {', '.join(before)}")
@@ -583,6 +589,25 @@ class Trainer:
         assert self.metrics
         for line in self.paths:
             self.metrics.say(line)
+
+    def _note_start(self) -> None:
+        """Where and with what the steps from here on are taken; nothing that names a host or a person."""
+        start = {
+            "step": self.step,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "processes": self.environment.world_size,
+            "device": paths.this_device(self.device).name,
+            "paths": self.paths,
+            "versions": {
+                "tsumugu": tsumugu.__version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+                "cuda": torch.version.cuda if self.device.type == "cuda" else None,
+                "transformers": transformers.__version__,
+            },
+        }
+        with open(self.run_dir / STARTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(start) + "\n")
 
     def _write_mixture(self) -> None:
         if self.mixed:

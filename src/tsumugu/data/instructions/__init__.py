@@ -19,6 +19,7 @@ from tsumugu.data.instructions.records import (
     columns_for,
     from_json,
     messages_of,
+    prompt_of,
     question_key,
     to_json,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "learns_earlier_replies",
     "messages_of",
     "prompt_ids",
+    "prompt_of",
     "question_key",
     "to_json",
     "writes_bos",

@@ -87,6 +87,34 @@ def messages_of(values: dict, fields: dict[str, str]) -> list[Message]:
     return messages
 
 
+def prompt_of(record: object) -> list[Message]:
+    """The conversation in a record up to a reply that is to be generated; one that the record ends with is left out.
+
+    Forms: as of `messages_of`, replies being optional; the short ones may have `system` too.
+
+    Raises:
+        UserError: What is wrong with the record, without its place.
+    """
+    if not isinstance(record, dict):
+        raise UserError("no object", 'each line holds one, such as {"instruction": "…"}')
+    listed = {"messages": ("role", "content"), "conversations": ("from", "value")}
+    column = next((name for name in (*listed, "instruction", "prompt") if record.get(name) is not None), None)
+    if column is None:
+        raise UserError("no prompt: its columns are none of messages, conversations, instruction, prompt", "name one")
+    if column in listed:
+        messages = _turns(record[column], column, *listed[column])
+        messages = messages[:-1] if messages and messages[-1].role == "assistant" else messages
+    else:
+        input = _text(record.get("input"), "input") if column == "instruction" else ""
+        messages = [Message("user", _text(record[column], column), input=input)]
+        if system := _text(record.get("system"), "system"):
+            messages.insert(0, Message("system", system))
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if len(turns) % 2 == 0 or [turn.role for turn in turns] != (["user", "assistant"] * len(turns))[: len(turns)]:
+        raise UserError("the turns do not alternate", "user and assistant take turns, and user begins and ends")
+    return messages
+
+
 def _form_of(values: dict, fields: dict[str, str]) -> tuple[str, ...]:
     has = f"it has: {', '.join(map(str, values))}"
     named = [form for form in _FORMS if any(field in fields for field in (*form, *_optional(form)))]
