@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -59,7 +60,7 @@ def parallelize(
             than forward did.
     """
     if config.activation_memory_budget is not None:  # torch knows it as a setting of the whole process
-        torch._functorch.config.activation_memory_budget = config.activation_memory_budget
+        functorch.activation_memory_budget = config.activation_memory_budget
     split_by_tensor = "tensor" in (mesh.mesh_dim_names or ())
     if split_by_tensor:
         check_plan(model, mesh["tensor"].size())

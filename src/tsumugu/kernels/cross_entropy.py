@@ -58,8 +58,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total: torch.Tensor):
+    @once_differentiable  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor):  # type: ignore[override]
+        (d_total,) = gradients
         scaled = (  # in float32, in which the number of supervised tokens is not rounded
             None if saved is None else (saved.to(d_total.dtype) * d_total).to(saved.dtype)
             for saved in ctx.saved_tensors

@@ -1,8 +1,8 @@
 """The kernels in Triton. Only `tsumugu.kernels` imports this, where Triton is installed."""
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 _BLOCK = 2048
 
@@ -25,7 +25,7 @@ def adamw(
         assert tensor.is_contiguous()
         assert tensor.numel() == weight.numel()
     size = weight.numel()
-    _adamw[(triton.cdiv(size, _BLOCK),)](
+    _adamw[(triton.cdiv(size, _BLOCK),)](  # type: ignore[index]
         weight.view(torch.int16), low, gradient, first, second, scalars,
         learning_rate, learning_rate * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, epsilon,
         size, BLOCK=_BLOCK, num_warps=8,
@@ -35,7 +35,8 @@ def adamw(
 def accumulate(total: torch.Tensor, gradient: torch.Tensor, first: bool) -> None:
     """See `masters.accumulate`."""
     size = total.numel()
-    _accumulate[(triton.cdiv(size, _BLOCK),)](total, gradient, size, FIRST=first, BLOCK=_BLOCK, num_warps=8)
+    grid = (triton.cdiv(size, _BLOCK),)
+    _accumulate[grid](total, gradient, size, FIRST=first, BLOCK=_BLOCK, num_warps=8)  # type: ignore[index]
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor, differentiate: bool) -> None:
@@ -50,7 +51,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, nats: torch.Tensor
     rows, vocabulary = logits.shape
     assert logits.stride(1) == 1
     block = min(8192, triton.next_power_of_2(vocabulary))
-    _cross_entropy[(rows,)](
+    _cross_entropy[(rows,)](  # type: ignore[index]
         logits, logits.stride(0), labels, nats,
         VOCABULARY=vocabulary, DIFFERENTIATE=differentiate, BLOCK=block, num_warps=16,
     )  # fmt: skip

@@ -135,7 +135,7 @@ def fill(linear: Linear, weight: torch.Tensor) -> None:
     """Quantises the rows of a weight that are this process's, and puts them into its shard of a layer."""
     with torch.no_grad():
         for held, made in zip((linear.codes, linear.scales), quantize(weight), strict=True):
-            local = held.to_local() if isinstance(held, DTensor) else held
+            local: Any = held.to_local() if isinstance(held, DTensor) else held
             local.copy_(made.contiguous().view(local.dtype))
 
 
