@@ -560,6 +560,8 @@ class ParallelConfig:
     """Replicas of that group; default: all processes / shard_degree (/ tensor_degree)."""
     tensor_degree: int = 1
     """Processes that share the work on the same rows by heads and columns (GPT-NeoX, Llama, Qwen3; NVLink)."""
+    fsdp: bool | None = None
+    """FSDP2; default: except where one device holds all and nothing is offloaded, where it would be copies alone."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
     prefetch: int = 1
@@ -570,6 +572,10 @@ class ParallelConfig:
     """Activation checkpointing of every nth decoder layer alone."""
     compile: bool | None = None
     """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
+    activation_memory_budget: float | None = None
+    """With compile: the share (0 to 1) of what backward needs of layers that is kept; the cheapest is recomputed."""
+    chunked_loss: bool | None = None
+    """Head and loss over chunks of tokens, so that logits are never whole in memory; default: where that is exact."""
     offload_activations: bool = False
     """What layers keep for backward waits in host memory (with activation_checkpointing none or full)."""
     offload_optimizer: bool = False
@@ -578,6 +584,9 @@ class ParallelConfig:
     def __post_init__(self):
         for name in ("shard_degree", "replicate_degree", "tensor_degree", "prefetch", "checkpoint_every_nth_layer"):
             _require_positive(f"parallel.{name}", getattr(self, name))
+        budget = self.activation_memory_budget
+        if budget is not None and not 0 <= budget <= 1:
+            raise UserError(f"parallel.activation_memory_budget is {budget}", "use a number from 0 to 1")
         if self.tensor_degree > 1 and self.offload_activations:
             raise UserError(
                 "parallel.offload_activations cannot move what a model split by tensor_degree keeps",

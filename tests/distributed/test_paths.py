@@ -19,9 +19,15 @@ DEVICES = {
 WEIGHTS = 3 * GIB  # a tenth of 30 GiB
 
 
-def said(device: Device, dtype: str | None = None, shard: int = 4, **options) -> dict[str, str]:
+def decide(config: ParallelConfig, device: Device, shard: int = 4, processes: int = 8, dtype: str = "bfloat16"):
+    return paths.decide(config, device, shard, WEIGHTS, processes=processes, dtype=dtype)
+
+
+def said(
+    device: Device, dtype: str | None = None, shard: int = 4, processes: int = 8, whole: str | None = None, **options
+) -> dict[str, str]:
     asked = ParallelConfig(**options)
-    decided = paths.decide(asked, device, shard, WEIGHTS)
+    decided = decide(asked, device, shard, processes, paths.compute_dtype(dtype, device))
     lines = paths.describe(
         asked=asked,
         asked_dtype=dtype,
@@ -31,6 +37,7 @@ def said(device: Device, dtype: str | None = None, shard: int = 4, **options) ->
         attention="sdpa",
         mesh={"replicate": 2, "shard": shard},
         weight_bytes=WEIGHTS,
+        whole_logits=whole,
     )
     return dict(line.split(": ", 1) for line in lines)
 
@@ -48,15 +55,39 @@ def test_gpus_since_ampere_compute_in_bfloat16_with_flash_attention_compiled(nam
 
 @pytest.mark.parametrize(("name", "kept"), [("A10G", False), ("A100", True), ("L40S", True), ("H100", True)])
 def test_layers_stay_gathered_where_all_weights_take_less_than_a_tenth_of_the_memory(name: str, kept: bool):
-    decided = paths.decide(ParallelConfig(), DEVICES[name], 4, WEIGHTS)
+    decided = decide(ParallelConfig(), DEVICES[name])
     assert decided.reshard_after_forward == ("never" if kept else "always")
     than = "3 GiB, less than 10% of" if kept else "3 GiB, not less than 10% of 22 GiB"
     assert than in said(DEVICES[name])["sharding"]
     assert said(DEVICES[name])["sharding"].startswith("replicate 2 × shard 4; ")
     for wanted in ("always", "never"):
-        assert paths.decide(ParallelConfig(reshard_after_forward=wanted), DEVICES[name], 4, WEIGHTS) == ParallelConfig(
-            reshard_after_forward=wanted, compile=True
+        assert decide(ParallelConfig(reshard_after_forward=wanted), DEVICES[name]) == ParallelConfig(
+            reshard_after_forward=wanted, compile=True, fsdp=True
         )
+
+
+def test_one_device_that_holds_all_is_not_sharded_over():
+    lines = said(DEVICES["H100"], shard=1, processes=1)
+    assert lines["sharding"] == "none (one device holds all)"
+    assert lines["optimizer"].startswith("AdamW, on the GPU, by ")
+    assert "16 bits beside them" in lines["optimizer"]
+    assert said(DEVICES["H100"], "float32", 1, 1)["optimizer"] == "fused AdamW, on the GPU"
+    for options in ({"fsdp": True}, {"offload_optimizer": True}):
+        assert said(DEVICES["H100"], None, 1, 1, **options)["sharding"].startswith("replicate 2 × shard 1")
+    assert said(DEVICES["H100"], "float16", 1, 1)["sharding"].startswith("replicate 2 × shard 1")
+    with pytest.raises(UserError, match=r"parallel\.fsdp is false, but there are 8 processes"):
+        said(DEVICES["H100"], fsdp=False)
+
+
+def test_whether_logits_are_whole_is_said():
+    assert said(DEVICES["H100"])["loss"] == "in chunks of tokens"
+    assert said(DEVICES["H100"], whole="a cap")["loss"] == "of whole logits (a cap)"
+
+
+def test_a_memory_budget_is_for_compiled_layers():
+    assert "exceeds 60%" in said(DEVICES["H100"], activation_memory_budget=0.6)["recomputation"]
+    with pytest.raises(UserError, match="they are not compiled"):
+        said(DEVICES["CPU"], activation_memory_budget=0.6)
 
 
 def test_a_cpu_computes_in_float32_uncompiled_and_has_nothing_to_offload_to():
@@ -110,6 +141,6 @@ def test_layers_split_by_tensor_parallelism_are_compiled_where_torch_can(monkeyp
     monkeypatch.setattr("torch.__version__", "2.13.0+cu130")
     assert said(DEVICES["H100"], tensor_degree=2)["compile"].startswith("no (torch 2.13.0+cu130 does not compile")
     with pytest.raises(UserError, match=r"compile is true, but torch 2\.13\.0\+cu130 does not"):
-        paths.decide(ParallelConfig(tensor_degree=2, compile=True), DEVICES["H100"], 4, WEIGHTS)
+        decide(ParallelConfig(tensor_degree=2, compile=True), DEVICES["H100"])
     monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
     assert said(DEVICES["H100"], tensor_degree=2)["compile"].startswith("every decoder layer")

@@ -58,6 +58,8 @@ KEEPING = {
     "gathered once": {"parallel.reshard_after_forward": "never"},
     "gathered ahead": {"parallel.prefetch": 2, "parallel.reshard_after_forward": "always"},
     "on the host": {"parallel.offload_optimizer": True},
+    "sharded over one": {"parallel.fsdp": True},
+    "whole logits": {"parallel.chunked_loss": False},
     "every second recomputed": {"parallel.checkpoint_every_nth_layer": 2},
 }
 

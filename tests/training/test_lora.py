@@ -28,7 +28,7 @@ from tsumugu.distributed.environment import process_group
 from tsumugu.distributed.parallelize import _recomputed
 from tsumugu.errors import UserError
 from tsumugu.export import export
-from tsumugu.model import nf4
+from tsumugu.model import masters, nf4
 from tsumugu.training import checkpoint
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Outcome, Trainer, train
@@ -298,9 +298,11 @@ def test_frozen_weights_have_the_dtype_of_the_computation_and_no_moments(folder:
         for name, parameter in trainer.model.named_parameters():
             if not parameter.requires_grad:
                 assert torch.equal(whole(parameter), stock[name.replace(".base_layer", "")])
-        assert dtypes == {False: {torch.bfloat16}, True: {torch.float32}}
+        assert dtypes == {False: {torch.bfloat16}, True: {torch.bfloat16}}
+        whole_masters = [m.whole() for p in trainer.model.parameters() if p.requires_grad and (m := masters.of(p))]
+        assert {master.dtype for master in whole_masters} == {torch.float32}
         assert len(trainer.optimizer.state) == len(trained(trainer.model)) == 2 * 4 * 2
-        norms = sum(weight.square().sum().item() for weight in trained(trainer.model).values())
+        norms = sum(master.square().sum().item() for master in whole_masters)
     steps = [line for line in figures(tmp_path / "run") if "loss" in line]
     losses = [line["loss"] for line in steps]
     assert losses == sorted(losses, reverse=True)

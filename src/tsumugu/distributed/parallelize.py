@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -41,6 +42,8 @@ def parallelize(
 ) -> None:
     """Shards `model` in place: every decoder layer is a group of its own, the rest is the root's.
 
+    With parallel.fsdp false parameters stay plain tensors, and the rest is done.
+
     Parameters keep their dtype (the master weights); they are gathered in `compute_dtype`. Frozen ones may have another
     dtype than those that are trained. Gradients are reduced in
     the parameters' dtype as plain sums: the loss is already divided by the global token count, gloo has no
@@ -57,6 +60,8 @@ def parallelize(
         UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
             than forward did.
     """
+    if config.activation_memory_budget is not None:  # torch knows it as a setting of the whole process
+        functorch.activation_memory_budget = config.activation_memory_budget
     split_by_tensor = "tensor" in (mesh.mesh_dim_names or ())
     if split_by_tensor:
         check_plan(model, mesh["tensor"].size())
@@ -73,6 +78,8 @@ def parallelize(
         if config.offload_activations and mesh.device_type == "cuda":
             layer.forward = _offloaded(layer.forward, layer)
 
+    if config.fsdp is False:
+        return
     master_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if compute_dtype != master_dtype else None, reduce_dtype=master_dtype

@@ -15,6 +15,7 @@ import torch
 
 from tsumugu.config import ParallelConfig
 from tsumugu.errors import UserError
+from tsumugu.kernels import has_triton
 
 GATHERED_SHARE = 0.1  # of a device's memory; what all layers' gathered weights may take by default
 BFLOAT16_SINCE = (8, 0)  # compute capability: Ampere's matrix units are the first that know it
@@ -56,7 +57,9 @@ def compute_dtype(wanted: str | None, device: Device) -> str:
     return "bfloat16" if device.type == "cuda" and device.capability >= BFLOAT16_SINCE else "float32"
 
 
-def decide(config: ParallelConfig, device: Device, shard_degree: int, weight_bytes: int) -> ParallelConfig:
+def decide(
+    config: ParallelConfig, device: Device, shard_degree: int, weight_bytes: int, *, processes: int, dtype: str
+) -> ParallelConfig:
     """The section of the configuration with nothing left to decide.
 
     Args:
@@ -64,19 +67,30 @@ def decide(config: ParallelConfig, device: Device, shard_degree: int, weight_byt
         device: Of this process; they are taken to be alike.
         shard_degree: Of the mesh.
         weight_bytes: Of the whole model in the compute dtype.
+        processes: Of the whole run.
+        dtype: Of the computation.
 
     Raises:
-        UserError: torch.compile is asked for where it cannot work.
+        UserError: torch.compile is asked for where it cannot work, or parallel.fsdp is false where it is needed.
     """
     reason = _no_compile(device, config)
     if config.compile and reason:
         raise UserError(f"parallel.compile is true, but {reason}", "set parallel.compile to false")
     compiled = device.type == "cuda" and not reason if config.compile is None else config.compile
+    if config.activation_memory_budget is not None and not compiled:
+        raise UserError(
+            "parallel.activation_memory_budget is for compiled layers, and they are not compiled",
+            "set parallel.activation_checkpointing instead",
+        )
+    needed = _why_fsdp(config, processes, dtype)
+    if config.fsdp is False and needed:
+        raise UserError(f"parallel.fsdp is false, but {needed}", "leave it out")
     reshard = config.reshard_after_forward
     if reshard == "auto":
         fits = shard_degree == 1 if device.memory is None else weight_bytes < GATHERED_SHARE * device.memory
         reshard = "never" if fits else "always"
-    return dataclasses.replace(config, compile=compiled, reshard_after_forward=reshard)
+    fsdp = bool(needed) if config.fsdp is None else config.fsdp
+    return dataclasses.replace(config, compile=compiled, reshard_after_forward=reshard, fsdp=fsdp)
 
 
 def describe(
@@ -89,6 +103,7 @@ def describe(
     attention: str,
     mesh: dict[str, int],
     weight_bytes: int,
+    whole_logits: str | None,
 ) -> list[str]:
     """A line for every path: what is taken, and why.
 
@@ -101,6 +116,7 @@ def describe(
         attention: transformers' name of the implementation that the model uses.
         mesh: The degree of every axis.
         weight_bytes: Of the whole model in the compute dtype.
+        whole_logits: Why the loss is not taken in chunks; None: it is.
     """
     cuda = device.type == "cuda"
     capability = f", compute capability {device.capability[0]}.{device.capability[1]}" if cuda else ""
@@ -109,14 +125,34 @@ def describe(
         "device": f"{device.name}{memory}{capability}",
         "dtype": f"{dtype} ({_why_dtype(dtype, asked_dtype, device)})",
         "attention": f"{attention} ({_why_attention(attention, dtype, device)})",
-        "optimizer": "fused AdamW, " + ("on the host" if decided.offload_optimizer or not cuda else "on the GPU"),
+        "optimizer": _described_optimizer(decided, dtype, cuda),
         "compile": _described_compile(asked, decided, device),
         "sharding": " × ".join(f"{axis} {degree}" for axis, degree in mesh.items())
-        + f"; layers' weights {_described_reshard(asked, decided, device, weight_bytes)}",
+        + f"; layers' weights {_described_reshard(asked, decided, device, weight_bytes)}"
+        if decided.fsdp
+        else f"none ({'parallel.fsdp' if asked.fsdp is False else 'one device holds all'})",
+        "loss": "in chunks of tokens" if whole_logits is None else f"of whole logits ({whole_logits})",
         "recomputation": _described_recomputation(decided),
         "offloading": _described_offloading(decided, cuda),
     }
     return [f"{name}: {line}" for name, line in lines.items()]
+
+
+def _why_fsdp(config: ParallelConfig, processes: int, dtype: str) -> str | None:
+    """Why parameters must be FSDP2's, or None."""
+    if processes > 1:
+        return f"there are {processes} processes"
+    if config.offload_optimizer:
+        return "parallel.offload_optimizer is FSDP2's"
+    return "float16 weights cannot be split from their masters" if dtype == "float16" else None
+
+
+def _described_optimizer(decided: ParallelConfig, dtype: str, cuda: bool) -> str:
+    where = "on the host" if decided.offload_optimizer or not cuda else "on the GPU"
+    if decided.fsdp is False and dtype == "bfloat16":
+        how = "one kernel of Triton's" if cuda and has_triton() else "torch's operations"
+        return f"AdamW, {where}, by {how}; float32 masters are bfloat16 weights and 16 bits beside them"
+    return f"fused AdamW, {where}"
 
 
 def _missing_compiler(*names: str, which: Callable[[str], str | None] = shutil.which) -> str | None:
@@ -189,6 +225,8 @@ def _described_recomputation(decided: ParallelConfig) -> str:
         "selective": "all but matrix products and attention",
         "full": "all but the layers' inputs",
     }[decided.activation_checkpointing]
+    if decided.activation_memory_budget is not None:
+        what += f"; within layers what exceeds {decided.activation_memory_budget:.0%} of what backward needs"
     nth = decided.checkpoint_every_nth_layer
     return what + (f", of every layer whose number is a multiple of {nth}" if nth > 1 and what != "none" else "")
 

@@ -14,8 +14,12 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tsumugu.distributed.environment import on_device
 
 VARLEN = "tsumugu_varlen"
+CAUSAL = "tsumugu_causal"
 
 # Before torch 2.12 (by its documentation) varlen_attn wants as many heads of keys as of queries.
 _KNOWS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -38,6 +42,19 @@ def keep_documents_apart(model: PreTrainedModel, dtype: torch.dtype) -> str:
     return f"documents are kept apart by a mask over whole rows ({reason})"
 
 
+def without_masks(model: PreTrainedModel) -> None:
+    """Keeps transformers from looking for masks, where rows are full and documents not kept apart, so that it has none.
+
+    It looks whether positions restart, for which the host waits for the device in every forward pass. The attention
+    stays the same function, under a name for which transformers makes no masks. Models without rotary positions may
+    put theirs into the mask.
+    """
+    config = model.config
+    rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+    if model.device.type == "cuda" and config._attn_implementation == "sdpa" and rotary and _attends_to_all(config):
+        model.set_attn_implementation(CAUSAL)
+
+
 def arguments(model: PreTrainedModel, boundaries: np.ndarray | None, longest: int) -> dict[str, Any]:
     """Keyword arguments that a model's forward pass needs beside the tokens and their positions.
 
@@ -49,7 +66,7 @@ def arguments(model: PreTrainedModel, boundaries: np.ndarray | None, longest: in
     """
     if boundaries is None or model.config._attn_implementation != VARLEN:
         return {}
-    ends = torch.from_numpy(boundaries).to(model.device)
+    ends = on_device(boundaries, model.device)
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -97,6 +114,13 @@ def varlen_attention(
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+def _attends_to_all(config: PretrainedConfig) -> bool:
+    """Whether every layer attends to everything before a token."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
 
 
 def _no_varlen(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
@@ -115,8 +139,7 @@ def _no_varlen(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
         return "variable-length attention needs heads of one size, a multiple of 8 up to 256"
     if any(getattr(config, key, 0) for key in ("attention_dropout", "attn_pdrop")):
         return "variable-length attention has no dropout"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
+    if not _attends_to_all(config):
         return "variable-length attention is used for full attention only"
     if getattr(config, "attn_logit_softcapping", None):
         return "variable-length attention has no soft cap"

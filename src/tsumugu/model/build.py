@@ -31,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import parallelize
 from tsumugu.errors import UserError
-from tsumugu.model import lora, nf4
+from tsumugu.model import lora, masters, nf4
 from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
@@ -127,7 +127,10 @@ def build_model(
     parallel: ParallelConfig | None = None,
     adapters: lora.Adapters | None = None,
 ) -> PreTrainedModel:
-    """A sharded model whose parameters `fill` sets.
+    """A model, sharded unless parallel.fsdp is false, whose parameters `fill` sets.
+
+    Not sharded, they are in `compute_dtype`; the 16 bits that bfloat16 lacks of its masters are beside them then (see
+    `model.masters`).
 
     Args:
         config: What to build.
@@ -159,6 +162,8 @@ def build_model(
     with lora.unwrapped(model):
         model.tie_weights()
     fill(model, mapping)
+    if parallel.fsdp is False and compute_dtype != master_dtype:
+        masters.split(model)
     return model
 
 
@@ -183,10 +188,14 @@ def own_dtype(folder: Path) -> torch.dtype:
     return own if isinstance(own, torch.dtype) else torch.float32
 
 
-def _mesh(model: PreTrainedModel) -> DeviceMesh:
+def _device_type(model: PreTrainedModel) -> str:
+    """Of the device that computes, also where shards are on the host."""
     parameter = next(model.parameters())
-    assert isinstance(parameter, DTensor)
-    return parameter.device_mesh
+    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device.type
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -204,7 +213,7 @@ def initialised(seed: int) -> Callable[[PreTrainedModel, list], None]:
     """Fills a model by transformers' own initialisation, as a function of the seed alone: equal for every mesh."""
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
-        on_gpu = _mesh(model).device_type == "cuda"
+        on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
             _run_init_weights(model)
@@ -224,14 +233,19 @@ def with_adapters(base: Callable[[PreTrainedModel, list], None], seed: int) -> C
     def fill(model: PreTrainedModel, mapping: list) -> None:
         with lora.unwrapped(model):
             base(model, mapping)
-        on_gpu = _mesh(model).device_type == "cuda"
+            model.requires_grad_(
+                False
+            )  # transformers has put other parameters in their places, unless they are sharded
+        on_gpu = _device_type(model) == "cuda"
         with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []), _WholeDraws():
             torch.manual_seed(seed)
             lora.reset(model)
         for frozen, rows, ids in lora.new_rows(model):
-            assert isinstance(frozen, DTensor)
-            local = frozen.to_local().detach().to(frozen.device_mesh.device_type)  # also where it is on the host
-            place(DTensor(local, frozen._spec, requires_grad=False).full_tensor()[ids], rows)
+            whole: torch.Tensor = frozen.detach()
+            if isinstance(frozen, DTensor):
+                local = frozen.to_local().detach().to(frozen.device_mesh.device_type)  # also where it is on the host
+                whole = DTensor(local, frozen._spec, requires_grad=False).full_tensor()
+            place(whole[ids], rows)
 
     return fill
 
@@ -288,22 +302,21 @@ def quantized(folder: Path, new_rows: NewRows = ()) -> Callable[[PreTrainedModel
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
         rebuild_buffers(model)
-        mesh, own = _mesh(model), own_dtype(folder)
-        device = torch.device(mesh.device_type)
-        if device.type != "cpu":
-            mesh = init_device_mesh("cpu", tuple(mesh.shape), mesh_dim_names=mesh.mesh_dim_names)
-        config = copy.deepcopy(model.config)
-        source = build_model(config, mesh, torch.device("cpu"), own, own, pretrained(folder, new_rows))
+        own, device, first = own_dtype(folder), torch.device(_device_type(model)), next(model.parameters())
+        shape, names = (1, 1), ("replicate", "shard")
+        if isinstance(first, DTensor):
+            shape, names = tuple(first.device_mesh.shape), first.device_mesh.mesh_dim_names
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        config, parallel = copy.deepcopy(model.config), ParallelConfig(fsdp=isinstance(first, DTensor))
+        source = build_model(config, mesh, torch.device("cpu"), own, own, pretrained(folder, new_rows), parallel)
         for name, module in model.named_modules():
             for key, stored in source.get_submodule(name)._parameters.items():
-                if not isinstance(stored, DTensor):
+                if stored is None:
                     continue
                 if key == "weight" and isinstance(module, nf4.Linear):
-                    nf4.fill(module, stored.to_local().to(device))
+                    nf4.fill(module, _local(stored).to(device))
                 else:
-                    kept = module.get_parameter(key)
-                    assert isinstance(kept, DTensor)
-                    kept.to_local().detach().copy_(stored.to_local())
+                    _local(module.get_parameter(key)).detach().copy_(_local(stored))
 
     return fill
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from tsumugu.errors import UserError
@@ -155,7 +156,7 @@ def fill(linear: Linear, weight: torch.Tensor) -> None:
     """Quantises the rows of a weight that are this process's, and puts them into its shard of a layer."""
     with torch.no_grad():
         for held, made in zip((linear.codes, linear.scales), quantize(weight), strict=True):
-            local: torch.Tensor = held.to_local()  # type: ignore[operator]
+            local: Any = held.to_local() if isinstance(held, DTensor) else held
             local.copy_(made.contiguous().view(local.dtype))
 
 

@@ -34,8 +34,9 @@ from transformers import PreTrainedModel
 
 from tsumugu.data.store import sha256
 from tsumugu.errors import UserError
-from tsumugu.model import lora
+from tsumugu.model import lora, masters
 from tsumugu.model.build import NewRows, grown, place, rebuild_buffers, tied_names, vocabulary_names
+from tsumugu.training.optimizer import MasterAdamW
 from tsumugu.training.storages import Group, Part, find_sharing, flush, received, send, together
 
 COMPLETE = "COMPLETE"
@@ -205,8 +206,14 @@ def read_state(run_dir: Path, step: int) -> dict:
 
 
 def contents(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The tensors that a checkpoint holds, and the names under which it holds them."""
-    state: dict[str, Any] = {"model": _model_state(model)}
+    """The tensors that a checkpoint holds, and the names under which it holds them.
+
+    A weight that is split from its master is there as a `Master`, to be made whole by whoever copies it.
+    """
+    found = ((name, masters.of(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False))
+    split = {name: master for name, master in found if master}
+    weights = {name: split.get(name, tensor) for name, tensor in _model_state(model).items()}
+    state: dict[str, Any] = {"model": weights}
     if optimizer.state:  # before its first step it has none, and torch would take a step to make one
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state
@@ -237,6 +244,10 @@ def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel,
     """
 
     def fill(model: PreTrainedModel, mapping: list) -> None:
+        with masters.whole(model):
+            fill_whole(model)
+
+    def fill_whole(model: PreTrainedModel) -> None:
         with lora.unwrapped(model):
             rebuild_buffers(model)
         state = _model_state(model)
@@ -255,12 +266,16 @@ def weights(source: Whole, new_rows: NewRows = ()) -> Callable[[PreTrainedModel,
 def load_optimizer(source: Whole, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Loads the moments from a checkpoint, on any mesh; the hyperparameters stay those that the optimizer has."""
     if not any(name.startswith("optimizer.") for name in read_metadata(source.path).state_dict_metadata):
-        optimizer.state.clear()  # of before the first step
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.forget()
+        else:
+            optimizer.state.clear()  # of before the first step
         return
     own = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     tensors: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     load(tensors, source)
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    if not isinstance(optimizer, MasterAdamW):  # whose state was filled in place, and would be cast to bfloat16
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
 

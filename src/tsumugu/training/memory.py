@@ -10,6 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from tsumugu.config import TrainingRun
 from tsumugu.errors import UserError
+from tsumugu.kernels.cross_entropy import LOGITS_AT_A_TIME
+from tsumugu.model import masters
+from tsumugu.training.optimizer import MasterAdamW
 
 GIB = 2**30
 
@@ -53,17 +56,22 @@ def measure(
     vocabulary: int,
     compute_dtype: torch.dtype,
     device: torch.device,
+    chunked_loss: bool = False,
 ) -> Memory:
     """Where the memory of this process is, from the tensors themselves and the peak of the device (0 on a CPU)."""
     parameters = list(model.parameters())
-    weights = _bytes([*parameters, *model.buffers()], device)
-    trained = _bytes((p for p in parameters if p.requires_grad), device)
-    gradients = _bytes((p.grad for p in parameters if p.grad is not None), device)
+    low_bits = [master.low for p in parameters if (master := masters.of(p))]
+    weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
+    trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
+    sums = optimizer.sums.values() if isinstance(optimizer, MasterAdamW) else ()
+    gradients = _bytes([*sums, *(p.grad for p in parameters if p.grad is not None)], device)
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     float_bytes = 8 if compute_dtype == torch.float64 else 4
     copies = 2 if compute_dtype.itemsize < 4 else 1  # the loss is computed in float32
     logits = tokens * vocabulary * (compute_dtype.itemsize + copies * float_bytes)
+    if chunked_loss:
+        logits = min(tokens * vocabulary, LOGITS_AT_A_TIME) * compute_dtype.itemsize
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0

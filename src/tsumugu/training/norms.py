@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from tsumugu.model import masters
+
 
 def parts(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """What is trained, by part: embedding, layer.0 and so on, head (if it is not tied), and the rest by module name."""
@@ -35,7 +37,7 @@ def squared_norms(model: PreTrainedModel) -> torch.Tensor:
     of_parts = parts(model).values()
     sums = torch.stack(
         [
-            torch.stack([_own_shares(part) for part in of_parts]),
+            torch.stack([_own_shares([_whole(parameter) for parameter in part]) for part in of_parts]),
             torch.stack([_own_shares([p.grad for p in part if p.grad is not None]) for part in of_parts]),
         ]
     )
@@ -48,6 +50,11 @@ def total_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     squared = _own_shares(tensors)
     dist.all_reduce(squared)
     return squared.sqrt().to(tensors[0].dtype)
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    master = masters.of(parameter)
+    return master.whole() if master else parameter
 
 
 def _own_shares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """AdamW with decay on matrices only, and gradient clipping by the global norm."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,20 +8,106 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from tsumugu.config import OptimizerConfig
+from tsumugu.kernels import masters as kernels
+from tsumugu.model import masters
 from tsumugu.training.norms import total_norm
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW; biases and norms (everything with fewer than two dimensions) have no weight decay."""
+    """AdamW; biases and norms (everything with fewer than two dimensions) have no weight decay."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return torch.optim.AdamW(
+    is_split = any(masters.of(parameter) for parameter in matrices + vectors)
+    return (MasterAdamW if is_split else torch.optim.AdamW)(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,
     )
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW on a model whose weights are split from their masters, with the state and numbers of torch's fused one.
+
+    Gradients of micro batches are summed in float32, as soon as backward has made each of them; `collect` makes the
+    sums the parameters' gradients. The factor of clipping is applied where they are read, by the step.
+    """
+
+    found_inf: torch.Tensor
+    """1 where a step is to have no effect, else 0; set before every step."""
+    sums: dict[torch.Tensor, torch.Tensor]
+    """The gradients' sums, whose memory is kept from step to step."""
+
+    def __init__(self, params: Any, **options: Any):
+        super().__init__(params, **options)
+        self._parameters = [p for group in self.param_groups for p in group["params"]]
+        self._parameters.sort(key=torch.Tensor.numel, reverse=True)  # the host gets ahead of the device at once
+        self._groups = {p: group for group in self.param_groups for p in group["params"]}
+        self.sums = {}
+        self._begun: set[torch.Tensor] = set()
+        self._factor = torch.ones((), device=self._parameters[0].device)
+        step = torch.zeros((), device=self._parameters[0].device)
+        for parameter in self._parameters:
+            zeros = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
+            first, second = (tensor.contiguous() for tensor in zeros)
+            self.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            parameter.grad_dtype = None  # the sums are in float32
+            parameter.register_post_accumulate_grad_hook(self._add)
+
+    def _add(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if parameter not in self.sums:
+            self.sums[parameter] = torch.empty_like(self.state[parameter]["exp_avg"])
+        kernels.accumulate(self.sums[parameter], parameter.grad, first=parameter not in self._begun)
+        self._begun.add(parameter)
+        parameter.grad = None
+
+    def collect(self) -> None:
+        """After the last backward pass of a step."""
+        for parameter in self._begun:
+            parameter.grad = self.sums[parameter]
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """As the function of that name, at the next step."""
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grads_with_norm_
+        return norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        step = self.state[self._parameters[0]]["step"]
+        step += 1
+        scalars = {}
+        for parameter in self._parameters:
+            master, group, state = masters.of(parameter), self._groups[parameter], self.state[parameter]
+            if parameter.grad is None:
+                continue
+            assert master is not None
+            if group["betas"] not in scalars:
+                scalars[group["betas"]] = kernels.Scalars(step, self._factor, self.found_inf, group["betas"])
+            kernels.adamw(
+                master.weight,
+                master.low,
+                parameter.grad,
+                (state["exp_avg"], state["exp_avg_sq"]),
+                scalars[group["betas"]],
+                group["lr"],
+                group["weight_decay"],
+                group["eps"],
+            )
+        step -= self.found_inf
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._begun.clear()
+
+    def forget(self) -> None:
+        """Back to the state of before the first step."""
+        for parameter in self._parameters:
+            for tensor in self.state[parameter].values():
+                tensor.zero_()
 
 
 def clip_gradients(

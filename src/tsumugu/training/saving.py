@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from tsumugu.config import CheckpointConfig
 from tsumugu.data.store import sha256
+from tsumugu.model.masters import Master
 from tsumugu.training import checkpoint
 from tsumugu.training.checkpoint import COMPLETE, METADATA, STATE, Files
 from tsumugu.training.storages import Group, find_leaders, flush, together
@@ -99,6 +100,11 @@ class Saver:
         tensors = checkpoint.contents(model, optimizer)
         text = json.dumps(state, ensure_ascii=False, indent=1).encode()  # now: the lists in it change
         if not self._config.asynchronous:
+            weights = tensors["model"].items()
+            whole = {name: self._staged(item, name) for name, item in weights if isinstance(item, Master)}
+            tensors["model"] |= whole
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
             self._write(step, tensors, text, started, None)
             return
         tensors = self._staged(tensors, "")
@@ -133,6 +139,8 @@ class Saver:
             return {name: self._staged(item, f"{key}.{name}") for name, item in value.items()}
         if isinstance(value, list):
             return [self._staged(item, f"{key}.{index}") for index, item in enumerate(value)]
+        if isinstance(value, Master):
+            value = value.whole()
         if isinstance(value, DTensor):  # not by from_local, which would move it to the device of the mesh
             return DTensor(self._staged(value.to_local(), key), value._spec, requires_grad=False)
         if isinstance(value, torch.Tensor):

@@ -35,11 +35,11 @@ from tsumugu.data.mixture import Mixture, Past, mix, report, table
 from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
 from tsumugu.distributed import paths, tensor
-from tsumugu.distributed.environment import Environment, on_main, process_group
+from tsumugu.distributed.environment import Environment, on_device, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
-from tsumugu.model import attention, build, lora, nf4
+from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
@@ -48,7 +48,7 @@ from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.isolation import crossing
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib, read_metrics
-from tsumugu.training.optimizer import LossScale, build_optimizer, clip_gradients, take_step
+from tsumugu.training.optimizer import LossScale, MasterAdamW, build_optimizer, clip_gradients, take_step
 from tsumugu.training.profile import Profile
 from tsumugu.training.saving import Saver
 from tsumugu.training.schedule import check_schedule, decay_steps, learning_rate
@@ -152,24 +152,37 @@ class Trainer:
             fill = _adapted(self.adapters, config.train.seed, saved)
         weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
         weight_bytes //= self.tensor_degree
-        parallel = paths.decide(config.parallel, processor, mesh["shard"].size(), weight_bytes)
+        processes = environment.world_size
+        parallel = paths.decide(
+            config.parallel, processor, mesh["shard"].size(), weight_bytes, processes=processes, dtype=dtype
+        )
         self.model = build.build_model(
             self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
         )
+        attention_name = build.attention_implementation(self.model)
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.attention: str | None = None
+        if config.data.documents_apart:
+            self.attention = attention.keep_documents_apart(self.model, compute_dtype)
+        elif config.data.packing == "concatenate":
+            attention.without_masks(self.model)
+        self.whole_logits: str | None = "parallel.chunked_loss"
+        if parallel.chunked_loss is not False:
+            self.whole_logits = head.sum_losses(self.model, self.device, compute_dtype)
+            reshard(self.model)
+        if parallel.chunked_loss and self.whole_logits:
+            raise UserError(f"parallel.chunked_loss is true, but {self.whole_logits}", "leave it out")
         self.paths = paths.describe(
             asked=config.parallel,
             asked_dtype=config.train.dtype,
             decided=parallel,
             dtype=dtype,
             device=processor,
-            attention=build.attention_implementation(self.model),
+            attention=attention_name,
             mesh=dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
             weight_bytes=weight_bytes,
+            whole_logits=self.whole_logits,
         )
-        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self.attention: str | None = None
-        if config.data.documents_apart:
-            self.attention = attention.keep_documents_apart(self.model, compute_dtype)
         self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
         self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -357,6 +370,9 @@ class Trainer:
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
+        master_optimizer = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
+        if master_optimizer:
+            master_optimizer.collect()
         loss = own_loss / self.tensor_degree  # each process of a tensor group has the loss of the same rows
         self._mark("reducing the loss and the gradient norm")
         dist.all_reduce(loss)
@@ -364,7 +380,11 @@ class Trainer:
             tensor.reduce_gradients(self.held_whole, self.tensor_mesh)
         if self.config.train.log_norms and self._log_due(self.step + 1):
             self.squared_norms = norms.squared_norms(self.model)
-        grad_norm = clip_gradients(self.model.parameters(), self.config.optimizer.max_grad_norm, scale)
+        max_norm = self.config.optimizer.max_grad_norm
+        if master_optimizer:
+            grad_norm = master_optimizer.clip_gradients(self.model.parameters(), max_norm)
+        else:
+            grad_norm = clip_gradients(self.model.parameters(), max_norm, scale)
         grad_norm = grad_norm.to(self.device)  # from the host, with parallel.offload_optimizer
         verdict = self.guard.judge(loss, grad_norm)
         self._mark("taking the optimizer's step")
@@ -611,16 +631,26 @@ class Trainer:
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """(batch, tokens, vocabulary); every process calls it."""
+        return self.model(**self._inputs(batch)).logits
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
-        tensors = {key: torch.from_numpy(a).to(self.device) for key, a in inputs.items() if a is not None}
+        tensors = {key: on_device(a, self.device) for key, a in inputs.items() if a is not None}
         boundaries = attention.arguments(self.model, batch.boundaries, batch.input_ids.shape[1])
         # transformers keeps documents apart by restarting positions only without a cache and without a mask
-        return self.model(**tensors, **boundaries, use_cache=False).logits
+        return tensors | boundaries | {"use_cache": False}
 
     def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        return summed_loss(self.logits(batch), torch.from_numpy(batch.labels).to(self.device))
+        if self.whole_logits:
+            return summed_loss(self.logits(batch), on_device(batch.labels, self.device))
+        labels = batch.labels.ravel()
+        positions = np.flatnonzero(labels != IGNORE_INDEX)  # on the host, which knows without waiting for the device
+        targets = None, on_device(labels, self.device)
+        if len(positions) < len(labels):
+            targets = on_device(positions, self.device), on_device(labels[positions], self.device)
+        return self.model(**self._inputs(batch), targets=targets)
 
     def _mark(self, doing: str, patience: float = 1.0) -> None:
         first = self.step + 1 == self.first_step  # compiles, and starts what starts late
@@ -780,6 +810,7 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
                 trainer.model_config.vocab_size,
                 trainer.compute_dtype,
                 device,
+                trainer.whole_logits is None,
             )
             options = memory.changes(config, found, trainer.share.world_size)
         block, refusal = memory.out_of_memory(error, place, found, options, device)

@@ -1,0 +1,413 @@
+"""Tokens a second of pretraining on one GPU: tsumugu, each of its tricks and all together, and Hugging Face's Trainer.
+
+    python benchmarks/throughput.py --preset 3.6b                       # the rows below, one Markdown table
+    python benchmarks/throughput.py --preset 1b --row "fast micro=8" --row "hf micro=8"
+    python benchmarks/throughput.py --preset tiny --quick                # a CPU will do: does it run?
+
+Every row trains the same shape on the same random tokens, four micro batches a step, in a process of its own, which may
+fail (out of memory) or be stopped (--limit) without ending the run. A row is a way and settings, such as
+`fast micro=4 budget=0.6`:
+
+    way         fast: what tsumugu does by itself; fsdp: FSDP2 over the one process (parallel.fsdp true);
+                hf: transformers' Trainer with fused AdamW, bf16 autocast and torch.compile
+    micro=N     rows a micro batch
+    recompute=  none | selective | full (hf: full is gradient_checkpointing)
+    budget=X    parallel.activation_memory_budget
+    chunk=N     2^N logits at a time; 0: whole logits (parallel.chunked_loss false)
+    triton=0    torch's operations in place of the kernels in Triton
+    masks=1     transformers looks for masks, and the host waits for the device
+    attention=  flash | cudnn: that kernel alone
+    inductor=X  a switch of torch._inductor.config that is turned on, such as max_autotune_gemm
+    liger=1     hf: with Liger's kernels, where they are installed and know the model
+
+MFU is by the design's convention (`model.flops`). Milliseconds are of a micro batch's forward and backward pass and of
+what comes after the last (norm, clipping, optimizer), by CUDA events. --out keeps every row's JSON and log, in which
+also stands where the device's time goes by kind of kernel, from a profile of one step.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = {
+    "3.6b": [
+        "hf micro=2", "fsdp micro=2 chunk=0 masks=1", "fast micro=2 chunk=0 masks=1 triton=0",
+        "fast micro=2 chunk=0 masks=1", "fast micro=2 chunk=0", "fast micro=2", "fast micro=3", "fast micro=4",
+        "fast micro=4 budget=0.8", "fast micro=4 budget=0.6", "fast micro=3 attention=flash",
+        "fast micro=3 attention=cudnn",
+    ],
+    "1b": [
+        "hf micro=8", "fsdp micro=8 chunk=0 masks=1", "fast micro=8 chunk=0 masks=1", "fast micro=8",
+        "fast micro=8 chunk=28", "fast micro=12", "fast micro=16 budget=0.7", "fast micro=8 attention=flash",
+    ],
+}  # fmt: skip
+OTHERS = ["hf micro=2", "hf micro=2 liger=1", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
+MICRO_BATCHES, SEED = 4, 1
+KINDS = {  # of kernels, by parts of their names; the first that fits
+    "tsumugu": ("_adamw", "_accumulate", "_cross_entropy"),
+    "attention": ("flash", "fmha", "sdpa", "attention"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "compiled": ("triton_",),
+    "copies": ("Memcpy", "Memset", "copy"),
+    "norm": ("norm_cast", "lpnorm", "LpNorm"),
+}
+
+
+def settings(row: str) -> tuple[str, dict[str, str]]:
+    way, *rest = row.split()
+    return way, dict(item.split("=", 1) for item in rest)
+
+
+def random_store(path: Path, vocabulary: int, tokens: int) -> None:
+    """A token store of random ids."""
+    import numpy as np
+
+    from tsumugu.data import store
+    from tsumugu.tokenizer.contract import VERSION
+
+    draw = np.random.default_rng(0)
+    writer = store.ShardWriter(path / "train" / "00000", np.uint16, supervised=False)
+    for _ in range(tokens // 65536 + 1):
+        writer.add(draw.integers(4, vocabulary, 65536))
+    shard = writer.close()
+    assert shard is not None
+    contract = {"version": VERSION, "fingerprint": "none", "vocab_size": vocabulary, "unk_id": 0, "bos_id": 1}
+    contract |= {"eos_id": 2, "pad_id": 3, "adds_bos": False, "adds_eos": False, "newline": "expressible"}
+    contract |= {"golden": [], "token_bytes": [0] * 4 + [3] * (vocabulary - 4)}
+    (path / "tokenizer").mkdir(parents=True)
+    (path / "tokenizer" / "contract.json").write_text(json.dumps(contract), encoding="utf-8")
+    manifest = {"version": store.FORMAT_VERSION, "kind": "text", "template": None, "add_bos": False, "add_eos": True}
+    manifest |= {"tokenizer": {"fingerprint": "none", "vocab_size": vocabulary, "files": {}}}
+    manifest |= {"splits": {"train": store.describe_split([shard]), "validation": store.describe_split([])}}
+    (path / store.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures one row of tsumugu's, through its Trainer."""
+    import torch
+
+    from tsumugu import config
+    from tsumugu.distributed.environment import process_group
+    from tsumugu.kernels import cross_entropy, masters
+    from tsumugu.model import attention
+    from tsumugu.training.trainer import Trainer
+
+    chunk = int(options.get("chunk", 27))
+    cross_entropy.LOGITS_AT_A_TIME = 2**chunk
+    if options.get("triton") == "0":
+        cross_entropy.fused = masters.fused = lambda tensor: False
+    if options.get("masks") == "1":
+        attention.without_masks = lambda model: None
+    micro = int(options.get("micro", 1))
+    run = config.TrainingRun(
+        model=config.ModelConfig(config=str(arguments.out / "model")),
+        tokenizer=config.TokenizerConfig(),
+        data=config.DataConfig(store=str(arguments.out / "store"), sequence_length=arguments.length, audit="off"),
+        train=config.TrainConfig(
+            max_steps=10**6, global_batch_size=micro * MICRO_BATCHES, micro_batch_size=micro, seed=SEED
+        ),
+        optimizer=config.OptimizerConfig(),
+        schedule=config.ScheduleConfig(warmup_steps=10),
+        parallel=config.ParallelConfig(
+            fsdp=True if way == "fsdp" else None,
+            chunked_loss=None if chunk else False,
+            activation_checkpointing=options.get("recompute", "none"),  # type: ignore[arg-type]
+            activation_memory_budget=float(options["budget"]) if "budget" in options else None,
+        ),
+        checkpoint=config.CheckpointConfig(),
+        evaluate=config.EvaluateConfig(),
+        guard=config.GuardConfig(),
+    )
+    with process_group() as environment:
+        trainer = Trainer(run, arguments.out / "run", environment)
+        print("\n".join(trainer.paths), trainer.model.config._attn_implementation, sep="\n", flush=True)
+        built = time.perf_counter()
+        loss = take(trainer, arguments.warm)
+        print(f"first steps {time.perf_counter() - built:.1f} s, loss {loss:.4f}", flush=True)
+        reset_peak()
+        started = time.perf_counter()
+        loss = take(trainer, arguments.steps)
+        seconds = (time.perf_counter() - started) / arguments.steps
+        result = figures(trainer.model, micro, seconds, arguments) | {"loss": loss}
+        if torch.cuda.is_available():
+            result |= {"milliseconds": parts(trainer)} | kernels_of(lambda: take(trainer, 1))
+        return result
+
+
+def take(trainer: Any, steps: int) -> float:
+    """Takes steps as the trainer does, a step ahead of the device; the loss of the last."""
+    from tsumugu.training.signals import StopRequest
+
+    previous = launched = None
+    for _ in range(steps):
+        launched = trainer.train_step(StopRequest())
+        trainer.step += 1
+        if previous is not None:
+            previous.figures()
+        previous = launched
+    assert launched is not None
+    return launched.figures().loss
+
+
+def parts(trainer: Any) -> dict[str, float]:
+    """Milliseconds of the device: forward and backward of a micro batch, and the rest of a step."""
+    import torch
+
+    marks: list[tuple[str, torch.cuda.Event]] = []
+
+    def mark(name: str) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        marks.append((name, event))
+
+    own_loss, own_mark = trainer._summed_loss, trainer._mark
+
+    def summed_loss(batch: Any) -> Any:
+        mark("forward")
+        loss = own_loss(batch)
+        mark("backward")
+        return loss
+
+    def marked(doing: str, *rest: Any) -> None:
+        if doing.startswith("reducing the loss"):
+            mark("rest")
+        own_mark(doing, *rest)
+
+    trainer._summed_loss, trainer._mark = summed_loss, marked
+    take(trainer, 2)
+    mark("end")
+    del trainer._summed_loss, trainer._mark
+    torch.cuda.synchronize()
+    sums: dict[str, list[float]] = {}
+    for (name, event), (_, after) in itertools.pairwise(marks):
+        sums.setdefault(name, []).append(event.elapsed_time(after))
+    return {name: sum(times) / len(times) for name, times in sums.items()}
+
+
+def kernels_of(step: Any) -> dict[str, Any]:
+    """Milliseconds of a step by kind of kernel, and what it spent most on."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] = times.get(event.name, 0) + event.time_range.elapsed_us() / 1e3
+            counts[event.name] = counts.get(event.name, 0) + 1
+    kinds: dict[str, float] = {}
+    for name, spent in times.items():
+        kind = next((kind for kind, marks in KINDS.items() if any(mark in name for mark in marks)), "others")
+        kinds[kind] = kinds.get(kind, 0) + spent
+    top = sorted(times, key=lambda name: -times[name])[:40]
+    for name in top:
+        print(f"{times[name]:9.2f} ms {counts[name]:6d} × {name[:150]}")
+    return {"kernels": {kind: round(spent, 2) for kind, spent in sorted(kinds.items(), key=lambda item: -item[1])}}
+
+
+def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures Hugging Face's Trainer."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    micro, model_config = int(options.get("micro", 1)), AutoConfig.from_pretrained(arguments.out / "model")
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+    model.config.use_cache = False
+    steps = arguments.warm + arguments.steps
+    draw = np.random.default_rng(0)
+    rows = draw.integers(4, model_config.vocab_size, (micro * MICRO_BATCHES * steps, arguments.length))
+    data: Any = [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows)]
+    clock: dict[int, float] = {}
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in (arguments.warm, steps):
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                clock[state.global_step] = time.perf_counter()
+            if state.global_step == arguments.warm:
+                reset_peak()
+
+    trainer = Trainer(
+        model=model,
+        train_dataset=data,
+        callbacks=[Clock()],
+        args=TrainingArguments(
+            output_dir=str(arguments.out / "hf"), max_steps=steps, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=MICRO_BATCHES, bf16=torch.cuda.is_available(),
+            torch_compile=torch.cuda.is_available(), optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
+            adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
+            save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
+            gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",
+        ),
+    )  # fmt: skip
+    loss = trainer.train().training_loss
+    seconds = (clock[steps] - clock[arguments.warm]) / arguments.steps
+    return figures(model, micro, seconds, arguments) | {"loss": loss}
+
+
+def reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def figures(model: Any, micro: int, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from tsumugu.model.flops import flops, peak_flops
+
+    rows = micro * MICRO_BATCHES
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    peak, done = peak_flops(device), flops(model, rows * arguments.length, rows * arguments.length**2)
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "tokens_per_second": rows * arguments.length / seconds,
+        "mfu": done / seconds / peak if peak else None,
+        "step_seconds": seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
+    }
+
+
+def one_row(row: str, arguments: argparse.Namespace) -> None:
+    import torch
+
+    way, options = settings(row)
+    if options.get("attention") in ("flash", "cudnn"):
+        torch.backends.cuda.enable_flash_sdp(options["attention"] == "flash")
+        torch.backends.cuda.enable_cudnn_sdp(options["attention"] == "cudnn")
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_math_sdp(False)
+    if "inductor" in options:
+        from torch._inductor import config as inductor
+
+        setattr(inductor, options["inductor"], True)
+    result = of_transformers(options, arguments) if way == "hf" else of_tsumugu(way, options, arguments)
+    (arguments.out / f"{file_name(row)}.json").write_text(json.dumps({"row": row, **result}, indent=1))
+
+
+def file_name(row: str) -> str:
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in row)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """The model's configuration and the store, for all rows."""
+    from tsumugu.model.presets import preset_config
+    from tsumugu.tokenizer.contract import read_contract
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if not (arguments.out / "store").exists():
+        random_store(arguments.out / "store", arguments.vocabulary, 2_000_000)
+    model_config = preset_config(arguments.preset, read_contract(arguments.out / "store" / "tokenizer"))
+    if arguments.layers:
+        model_config.num_hidden_layers = arguments.layers
+    model_config.save_pretrained(arguments.out / "model")
+
+
+def cell(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def show(rows: list[str], arguments: argparse.Namespace, ended: dict[str, str]) -> None:
+    """The Markdown table, and where the device's time goes."""
+    found = {}
+    for row in rows:
+        file = arguments.out / f"{file_name(row)}.json"
+        if file.exists():
+            found[row] = json.loads(file.read_text())
+    device = next((result["device"] for result in found.values()), "")
+    print(f"\n{arguments.preset}, {device}, sequence {arguments.length}, {MICRO_BATCHES} micro batches a step\n")
+    print("| row | tokens/s | MFU | peak GiB | reserved | forward ms | backward ms | rest ms | loss |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        if row not in found:
+            print(f"| {row} | {ended.get(row, '')} | | | | | | | |")
+            continue
+        result = found[row]
+        times = result.get("milliseconds", {})
+        values = [
+            cell(result["tokens_per_second"], ",.0f"), cell(result["mfu"], ".1%"), cell(result["peak_gib"], ".1f"),
+            cell(result["reserved_gib"], ".1f"),
+            *(cell(times.get(part), ".1f") for part in ("forward", "backward", "rest")), cell(result["loss"], ".4f"),
+        ]  # fmt: skip
+        print(f"| {row} | {' | '.join(values)} |")
+    print()
+    for row, result in found.items():
+        if "kernels" in result:
+            print(f"{row}: ms a step: " + ", ".join(f"{kind} {spent:.0f}" for kind, spent in result["kernels"].items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="3.6b", help="a shape of model.presets")
+    parser.add_argument("--layers", type=int, help="another number of decoder layers")
+    parser.add_argument("--row", action="append", help="a row to measure, in place of the preset's; may be repeated")
+    parser.add_argument("--only", action="append", help="of the preset's rows those with this text")
+    parser.add_argument("--length", type=int, default=2048, help="tokens a row")
+    parser.add_argument("--vocabulary", type=int, default=30000, help="of the random tokens")
+    parser.add_argument("--warm", type=int, default=3, help="steps before measuring")
+    parser.add_argument("--steps", type=int, default=6, help="steps measured")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one row")
+    parser.add_argument("--total", type=float, default=570, help="seconds of all; rows after that are left out")
+    parser.add_argument("--quick", action="store_true", help="short rows and two steps")
+    parser.add_argument("--out", type=Path, help="a folder for JSON and logs")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.length, arguments.warm, arguments.steps = 64, 1, 2
+    arguments.out = arguments.out or Path("/tmp/throughput") / arguments.preset
+    if arguments.one:
+        one_row(arguments.one, arguments)
+        return
+    prepare(arguments)
+    rows = arguments.row or ROWS.get(arguments.preset, OTHERS)
+    rows = [row for row in rows if not arguments.only or any(text in row for text in arguments.only)]
+    began, ended = time.monotonic(), {}
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
+    for row in rows:
+        left = arguments.total - (time.monotonic() - began)
+        if left < 30:
+            ended[row] = "not measured"
+            continue
+        started = time.monotonic()
+        (arguments.out / f"{file_name(row)}.json").unlink(missing_ok=True)
+        passed = [argument for argument in sys.argv[1:] if argument != "--quick"]
+        command = [sys.executable, __file__, *passed, "--out", str(arguments.out), "--one", row]
+        command += ["--quick"] if arguments.quick else []
+        log = arguments.out / f"{file_name(row)}.log"
+        with open(log, "w") as stream:
+            try:
+                code = subprocess.run(
+                    command,
+                    stdout=stream,
+                    stderr=subprocess.STDOUT,
+                    timeout=min(arguments.limit, left),
+                    env=environment,
+                ).returncode
+                text = log.read_text(errors="replace")
+                ended[row] = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                ended[row] = "stopped"
+        file = arguments.out / f"{file_name(row)}.json"
+        said = f"{json.loads(file.read_text())['tokens_per_second']:,.0f} tokens/s" if file.exists() else ended[row]
+        print(f"{row}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+        if not file.exists():
+            print("    " + "\n    ".join(log.read_text(errors="replace").strip().splitlines()[-4:]), flush=True)
+    show(rows, arguments, ended)
+
+
+if __name__ == "__main__":
+    main()
