@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from tsumugu import certificate
 from tsumugu import config as configuration
@@ -138,7 +138,7 @@ def export(
     checkpoint.check(path)
     source = _Source(
         config=config,
-        read=lambda model: _merged(config, adapters, path, dtype) if adapters else _stored(model, path),
+        read=lambda model: merged_weights(config, adapters, path, dtype) if adapters else _stored(model, path),
         tokenizer=run_dir / "tokenizer",
         contract=contract,
         template=find_template(state["template"]) if state["template"] else None,
@@ -249,7 +249,7 @@ def _write(source: _Source, output: Path, origin: dict, verify_with: str | None)
         else:
             tensors = _write_weights(model, read, temporary)
             _write_config(model, config, origin["dtype"], temporary)
-            _write_generation_config(config, contract, stops, temporary)
+            build.generation_config(config, contract, stops).save_pretrained(temporary)
         if template:  # what it was trained with, in place of the tokenizer's own
             (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, source.add_bos), encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
@@ -316,8 +316,18 @@ def _stored(model: PreTrainedModel, path: Path) -> certificate.Read:
     return read
 
 
-def _merged(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype: str) -> certificate.Read:
-    """The weights of the base model, with the adapters of a checkpoint added."""
+def merged_weights(config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype: str) -> certificate.Read:
+    """The weights of the base model, with the adapters of a checkpoint added.
+
+    Args:
+        config: Of the model.
+        adapters: Of the checkpoint's state.
+        path: The checkpoint.
+        dtype: Of the export: they are added in float32, or in float64 for that.
+
+    Raises:
+        UserError: The base model is not there, or not the one beside which the adapters were trained.
+    """
     folder = build.find_pretrained(adapters.base)
     if build.weights_sha256(folder) != adapters.base_sha256:
         raise UserError(
@@ -475,21 +485,3 @@ def _write_config(model: PreTrainedModel, config: PretrainedConfig, dtype: str, 
     if config.model_type == "gpt2":
         content["n_ctx"] = content["n_positions"]  # llama.cpp's converter knows it by this name
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-
-
-def _write_generation_config(
-    config: PretrainedConfig, contract: Contract | None, stops: list[int], output: Path
-) -> None:
-    """Stops at eos and the template's own stop token; ids that stand for no text (reserved ones, padding of the
-    vocabulary) are never generated."""
-    stops = list(dict.fromkeys(stops))
-    never: set[int] = set()
-    if contract:
-        never = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-        never = (never | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
-    GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=stops or None,
-        pad_token_id=config.pad_token_id,
-        suppress_tokens=sorted(never) or None,
-    ).save_pretrained(output)

@@ -22,7 +22,7 @@ from tsumugu.data.instructions import Message, find_template, prompt_ids, prompt
 from tsumugu.data.instructions.encode import special_ids, stop_id
 from tsumugu.data.instructions.templates import EOS
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN, _merged
+from tsumugu.export import ORIGIN, merged_weights
 from tsumugu.model import build, lora
 from tsumugu.model.build import quiet
 from tsumugu.tokenizer.contract import read_contract
@@ -84,7 +84,7 @@ def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     if state.get("lora"):
         lora.check_installed()
-        read = _merged(config, lora.Adapters(**state["lora"]), path, dtype)
+        read = merged_weights(config, lora.Adapters(**state["lora"]), path, dtype)
         for name, tensor in tensors.items():
             tensor.copy_(read(name))
     else:

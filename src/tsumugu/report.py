@@ -546,7 +546,7 @@ def _need_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("--png needs matplotlib", "pip install matplotlib") from None
+        raise UserError("--png needs matplotlib", "pip install 'tsumugu[plots]'") from None
 
 
 def _pictures(runs: Sequence[Run], curves: Sequence[dict[str, Curve]], folder: Path) -> list[Path]:

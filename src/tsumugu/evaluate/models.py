@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tsumugu.data.instructions import find_template, jinja_of
 from tsumugu.data.instructions.encode import stop_id
 from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN, _merged, _write_generation_config
+from tsumugu.export import ORIGIN, merged_weights
 from tsumugu.model import build, lora
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.training import checkpoint
@@ -204,15 +204,13 @@ def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, gr
         adapters = lora.Adapters(**state["lora"])
         lora.check_installed()
         hashes.append(adapters.base_sha256)
-        _fill(module, _merged(config, adapters, saved.path, str(dtype).removeprefix("torch.")))
+        _fill(module, merged_weights(config, adapters, saved.path, str(dtype).removeprefix("torch.")))
     else:
         checkpoint.weights(saved)(module, [])
     template = find_template(state["template"]) if state["template"] else None
     own = stop_id(template, reference.tokenizer) if template else None
     stops = [*([own] if own is not None else []), *build.stop_ids(config)]
-    with tempfile.TemporaryDirectory() as folder:  # what an export of it would stop at, and never say
-        _write_generation_config(config, contract, stops, Path(folder))
-        module.generation_config = GenerationConfig.from_pretrained(folder)
+    module.generation_config = build.generation_config(config, contract, stops)
     return Model(
         reference,
         module,

@@ -68,19 +68,21 @@ def stop_ids(config: PretrainedConfig) -> list[int]:
 
 
 def generation_config(
-    config: PretrainedConfig, contract: Contract, template_stops: Sequence[int] = ()
+    config: PretrainedConfig, contract: Contract | None, template_stops: Sequence[int] = ()
 ) -> GenerationConfig:
     """Stops at eos and a template's own stop token; ids that stand for no text (reserved ones, padding of the
     vocabulary) are never generated.
 
     Args:
         config: With the special ids of the tokenizer, by `take_special_ids`.
-        contract: Of the tokenizer.
+        contract: Of the tokenizer, if there is one.
         template_stops: The stop token of the template, where it is not eos.
     """
     stops = list(dict.fromkeys([*template_stops, *stop_ids(config)]))
-    textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
-    never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
+    never: set[int] = set()
+    if contract:
+        textless = {id for id, size in enumerate(contract.token_bytes) if size == 0}
+        never = (textless | set(range(contract.vocab_size, config.vocab_size))) - set(stops)
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=stops or None,
