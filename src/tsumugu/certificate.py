@@ -114,7 +114,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
             continue
         faults, figures = _differences(expected, found, logits)
         largest = max(map(_largest, rounded))
-        difference = max(_largest(a - b) for a, b in zip(logits, rounded, strict=True))
+        difference = float(np.max([_largest(a - b) for a, b in zip(logits, rounded, strict=True)]))  # nan stays nan
         if not difference <= _LOGITS * largest and not faults:
             faults.append(f"logits differ by up to {difference:.3g} from those of the checkpoint's tensors")
         figures |= {"logit_difference": difference, "largest_logit": largest}
@@ -378,10 +378,11 @@ def _differences(expected: dict, found: dict, logits: list[torch.Tensor]) -> tup
             )
     losses = _losses(logits, expected["rows"])
     tolerance = 2 * _LOGITS * expected["largest_logit"]  # log of a softmax moves by two of the logit's steps at most
-    worst = max(
+    differences = [
         float((own - torch.tensor(was, dtype=torch.float64)).abs().max())
         for own, was in zip(losses, expected["losses"], strict=True)
-    )
+    ]
+    worst = float(np.max(differences))  # nan stays nan
     if not worst <= tolerance and not faults:
         faults.append(f"losses differ by up to {worst:.3g} from those of the checkpoint's tensors")
     return faults, {"perplexity": _perplexity(losses), "loss_difference": worst}

@@ -564,7 +564,10 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     content = certificate.read(output)
     if content["origin"].get("step") == 0:
         print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
-    code = _show_certificate(output, [], content["verified"], "done" if made else "already done")
+    failures, figures = ([], content["verified"]) if made else certificate.verify(output, options.verify_with)
+    code = _show_certificate(output, failures, figures, "done" if made else "already done")
+    if code:
+        return code
     if (output / "config.json").exists():  # not of adapters
         for line in servers(read_config(str(output)), tokenizer_kind(output)):
             print(f"  {line}")

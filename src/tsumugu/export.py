@@ -6,9 +6,11 @@ older names are written beside them.
 """
 
 import json
+import os
 import pickle
 import re
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -233,9 +235,9 @@ def _is_done(output: Path, origin: dict) -> bool:
 
 def _write(source: _Source, output: Path, origin: dict, verify_with: str | None) -> None:
     """The folder under a hidden name, its certificate, then its own name."""
-    temporary = output.with_name(f".{output.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    temporary.chmod(0o777 & ~_umask())
     try:
         config, contract, template, dtype = source.config, source.contract, source.template, _DTYPES[origin["dtype"]]
         if source.tokenizer:
@@ -280,6 +282,13 @@ def _write(source: _Source, output: Path, origin: dict, verify_with: str | None)
         if checkpoint.is_disk_full(error):
             raise UserError(f"no space left to write {output}", "free space, then export again") from None
         raise
+
+
+def _umask() -> int:
+    """Of this process; mkdtemp's folders are for their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sample(source: _Source) -> list[list[int]]:

@@ -60,8 +60,8 @@ def parallelize(
         UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
             than forward did.
     """
-    if config.activation_memory_budget is not None:  # torch knows it as a setting of the whole process
-        functorch.activation_memory_budget = config.activation_memory_budget
+    budget = config.activation_memory_budget  # torch knows it as a setting of the whole process
+    functorch.activation_memory_budget = 1.0 if budget is None else budget
     split_by_tensor = "tensor" in (mesh.mesh_dim_names or ())
     if split_by_tensor:
         check_plan(model, mesh["tensor"].size())

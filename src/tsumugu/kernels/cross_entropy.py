@@ -29,6 +29,8 @@ def summed_cross_entropy(
         bias_V: (vocabulary,), if it has one.
         labels_N: (tokens,), each an id.
     """
+    if not torch.is_grad_enabled():  # of which needs_input_grad knows nothing
+        weight_VD, bias_V = weight_VD.detach(), None if bias_V is None else bias_V.detach()
     return _SummedCrossEntropy.apply(hidden_ND, weight_VD, bias_V, labels_N)
 
 

@@ -323,7 +323,7 @@ def _choose(run_dir: Path, wanted: str, steps: list[int]) -> int:
         raise UserError(f"{run_dir} holds no complete checkpoint", "give the folder of a run that has saved one")
     if not wanted:
         return steps[-1]
-    if not wanted.isdigit() or int(wanted) not in steps:
+    if not wanted.isdecimal() or int(wanted) not in steps:
         raise UserError(
             f"{run_dir} has no complete checkpoint of step {wanted}", f"it has: {', '.join(map(str, steps))}"
         )

@@ -100,7 +100,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
         setting = f"parallel.shard_degree {world_size}, parallel.replicate_degree 1"
         found.append(Change(setting, saved // world_size, "more communication"))
     checkpointing = parallel.activation_checkpointing
-    if checkpointing == "none":
+    if checkpointing == "none" and not parallel.offload_activations:
         saved = round(memory.activations * (1 - _KEPT_BY_SELECTIVE))
         found.append(
             Change(

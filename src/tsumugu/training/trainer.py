@@ -831,7 +831,7 @@ def _first_save_seconds(run_dir: Path, model: PreTrainedModel) -> float:
     lines = [line for line in read_metrics(run_dir) if "checkpoint_seconds" in line]
     if lines:
         return lines[-1]["checkpoint_seconds"]
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters() if p.requires_grad)
     return sum(parameter.numel() for parameter in local) * 12 / 100e6
 
 
