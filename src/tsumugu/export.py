@@ -37,7 +37,6 @@ from tsumugu.training import checkpoint
 ORIGIN = "tsumugu.json"
 MAX_FILE_BYTES = 5 * 10**9
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 _SAMPLE_ROWS = 4
 
 # What the GPT-NeoX and GPT-2 of older transformers had in their state dicts, and what is no weight.
@@ -239,19 +238,24 @@ def _write(source: _Source, output: Path, origin: dict, verify_with: str | None)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     temporary.chmod(0o777 & ~_umask())
     try:
-        config, contract, template, dtype = source.config, source.contract, source.template, _DTYPES[origin["dtype"]]
+        config, contract, template, dtype = (
+            source.config,
+            source.contract,
+            source.template,
+            build.DTYPES[origin["dtype"]],
+        )
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, temporary)
         model = build.meta_model(config, dtype)
         read = source.read(model)
         own = stop_id(template, temporary) if template else None
-        stops = [*([own] if own is not None else []), *build.stop_ids(config)]
+        generation = build.generation_config(config, contract, [] if own is None else [own])
         if source.adapters and source.path:
             tensors = _write_adapter(build.meta_model(config, dtype), source.adapters, source.path, temporary)
         else:
             tensors = _write_weights(model, read, temporary)
             _write_config(model, config, origin["dtype"], temporary)
-            build.generation_config(config, contract, stops).save_pretrained(temporary)
+            generation.save_pretrained(temporary)
         if template:  # what it was trained with, in place of the tokenizer's own
             (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, source.add_bos), encoding="utf-8")
         (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
@@ -264,7 +268,7 @@ def _write(source: _Source, output: Path, origin: dict, verify_with: str | None)
             contract=contract,
             template=template,
             add_bos=source.add_bos,
-            stops=[] if source.adapters else list(dict.fromkeys(stops)),
+            stops=[] if source.adapters else generation.eos_token_id or [],
             sample=_sample(source),
             adapter=source.adapters is not None,
         )
@@ -343,7 +347,7 @@ def merged_weights(config: PretrainedConfig, adapters: lora.Adapters, path: Path
             f"{adapters.base} is not the model beside which the adapters of {path} were trained: its weights differ",
             "put that model back in its place",
         )
-    merging = lora.merging_dtype(_DTYPES[dtype])
+    merging = lora.merging_dtype(build.DTYPES[dtype])
     model = build.adapted_model(config, folder, adapters, merging)
     _load({name: parameter.data for name, parameter in lora.trained(model).items()}, path)
     quantized = set()

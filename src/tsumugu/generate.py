@@ -29,7 +29,6 @@ from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.load import check_unicode
 from tsumugu.training import checkpoint
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
 _CONTEXT = 16  # ids of a prompt that are decoded along with what follows it: more than one character has bytes
 _SHORTEN = "shorten it"
@@ -57,7 +56,7 @@ def load_model(source: str, dtype: str | None = None) -> tuple[PreTrainedModel, 
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
                 model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, trust_remote_code=False, dtype=_DTYPES[dtype] if dtype else "auto"
+                    folder, trust_remote_code=False, dtype=build.DTYPES[dtype] if dtype else "auto"
                 )
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())
@@ -73,29 +72,56 @@ def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple
     path = checkpoint.folder(run_dir, step)
     checkpoint.check(path)
     state = checkpoint.read_state(run_dir, step)
-    contract = read_contract(run_dir / "tokenizer")
-    config = build.read_config(str(run_dir / "model"))
-    build.take_special_ids(config, contract)
-    model = build.meta_model(config, _DTYPES[dtype])
-    model.to_empty(device=device)
-    model.tie_weights()
-    build.rebuild_buffers(model)
-    tied = build.tied_names(model)
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    if state.get("lora"):
-        lora.check_installed()
-        read = merged_weights(config, lora.Adapters(**state["lora"]), path, dtype)
-        for name, tensor in tensors.items():
-            tensor.copy_(read(name))
-    else:
-        _load_weights(tensors, path)
-    model.tie_weights()
+
+    def fill(model: PreTrainedModel) -> None:
+        build.rebuild_buffers(model)
+        tied = build.tied_names(model)
+        _load_weights({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, path)
+
+    model = model_of_run(run_dir, path, state, dtype, device, fill)
     with quiet():
         tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
-    template = find_template(state["template"], run_dir / "tokenizer") if state["template"] else None
-    stop = stop_id(template, run_dir / "tokenizer") if template else None
-    model.generation_config = build.generation_config(config, contract, [] if stop is None else [stop])
     return model.eval(), tokenizer, {"step": step, "template": state["template"], "add_bos": state["add_bos"]}
+
+
+def model_of_run(
+    run_dir: Path,
+    path: Path,
+    state: dict,
+    dtype: str,
+    device: torch.device | str,
+    fill: Callable[[PreTrainedModel], None],
+) -> PreTrainedModel:
+    """The whole model of a checkpoint on one device, adapters merged, with the generation settings of its export.
+
+    Args:
+        run_dir: The run folder.
+        path: The checkpoint.
+        state: Of the checkpoint.
+        dtype: bfloat16, float16, float32 or float64.
+        device: Where it will be.
+        fill: Sets the weights, of a run without adapters.
+    """
+    tokenizer = run_dir / "tokenizer"
+    contract, config = read_contract(tokenizer), build.read_config(str(run_dir / "model"))
+    build.take_special_ids(config, contract)
+    model = build.meta_model(config, build.DTYPES[dtype])
+    model.to_empty(device=device)
+    model.tie_weights()
+    if state.get("lora"):
+        lora.check_installed()
+        build.rebuild_buffers(model)
+        read, tied = merged_weights(config, lora.Adapters(**state["lora"]), path, dtype), build.tied_names(model)
+        for name, tensor in model.state_dict().items():
+            if name not in tied:
+                tensor.copy_(read(name))
+    else:
+        fill(model)
+    model.tie_weights()
+    template = find_template(state["template"], tokenizer) if state["template"] else None
+    stop = stop_id(template, tokenizer) if template else None
+    model.generation_config = build.generation_config(config, contract, [] if stop is None else [stop])
+    return model
 
 
 def _load_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -110,11 +110,10 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
                     _over_store(model, store, asked, cut, group) for store, cut in zip(stores, windows, strict=True)
                 ]
                 entry |= {"text": texts.score(model)} if texts else {}
-                entry |= (
-                    {"tasks": harness.run(tasks, model, asked.batch_size, group, asked.limit, asked.chat_template)}
-                    if (tasks)
-                    else {}
-                )
+                if tasks:
+                    entry["tasks"] = harness.run(
+                        tasks, model, asked.batch_size, group, asked.limit, asked.chat_template
+                    )
                 del model
             if prompts:
                 entry["replies"] = _replies(reference, asked, prompts, group)

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,14 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tsumugu.data.instructions import find_template, jinja_of
-from tsumugu.data.instructions.encode import stop_id
 from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN, merged_weights
-from tsumugu.model import build, lora
+from tsumugu.export import ORIGIN
+from tsumugu.generate import model_of_run
+from tsumugu.model import build
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.storages import Group
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def load(reference: Reference, dtype: str, device: torch.device, group: Group) -
         UserError: Weights that are damaged, cannot be read or do not fit the device.
     """
     try:
-        loaded = (_load_folder if reference.step is None else _load_run)(reference, DTYPES[dtype], device, group)
+        loaded = (_load_folder if reference.step is None else _load_run)(reference, dtype, device, group)
     except torch.OutOfMemoryError:
         raise UserError(
             f"{reference.name} does not fit the memory of {device}, of which each holds a whole copy",
@@ -171,12 +169,12 @@ def _describe(folder: Path) -> Contract:
         return write_contract(Path(copy))
 
 
-def _load_folder(reference: Reference, dtype: torch.dtype, device: torch.device, _: Group) -> Model:
+def _load_folder(reference: Reference, dtype: str, device: torch.device, _: Group) -> Model:
     folder = reference.folder
     try:
         with build.quiet():
             module: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+                folder, dtype=build.DTYPES[dtype], trust_remote_code=False, local_files_only=True
             )
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -192,25 +190,15 @@ def _load_folder(reference: Reference, dtype: torch.dtype, device: torch.device,
     )
 
 
-def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, group: Group) -> Model:
+def _load_run(reference: Reference, dtype: str, device: torch.device, group: Group) -> Model:
     saved = checkpoint.find(reference.name, group)
-    state, contract = saved.state(), reference.contract
-    config = build.read_config(str(reference.folder / "model"))
-    build.take_special_ids(config, contract)
-    module = build.meta_model(config, dtype).to_empty(device=device)
-    module.tie_weights()
+    state = saved.state()
+    fill = checkpoint.weights(saved)
+    module = model_of_run(reference.folder, saved.path, state, dtype, device, lambda model: fill(model, []))
     hashes = [entry["sha256"] for _, entry in sorted(saved.files.items())]
     if state.get("lora"):
-        adapters = lora.Adapters(**state["lora"])
-        lora.check_installed()
-        hashes.append(adapters.base_sha256)
-        _fill(module, merged_weights(config, adapters, saved.path, str(dtype).removeprefix("torch.")))
-    else:
-        checkpoint.weights(saved)(module, [])
+        hashes.append(state["lora"]["base_sha256"])
     template = find_template(state["template"]) if state["template"] else None
-    own = stop_id(template, reference.tokenizer) if template else None
-    stops = [*([own] if own is not None else []), *build.stop_ids(config)]
-    module.generation_config = build.generation_config(config, contract, stops)
     return Model(
         reference,
         module,
@@ -218,13 +206,3 @@ def _load_run(reference: Reference, dtype: torch.dtype, device: torch.device, gr
         jinja_of(template, state["add_bos"]) if template else None,
         hashlib.sha256(" ".join(hashes).encode()).hexdigest(),
     )
-
-
-def _fill(module: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> None:
-    """Sets the weights of a model one after another, and computes what no checkpoint holds."""
-    build.rebuild_buffers(module)
-    tied = build.tied_names(module)
-    for name, parameter in module.state_dict().items():
-        if name not in tied:
-            parameter.copy_(read(name))
-    module.tie_weights()

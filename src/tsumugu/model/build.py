@@ -35,6 +35,8 @@ from tsumugu.model import lora, masters, nf4
 from tsumugu.model.lora import NewRows
 from tsumugu.tokenizer.contract import Contract
 
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
 
 def read_config(path: str) -> PretrainedConfig:
     """The configuration in a Hugging Face folder, a config.json, or on the hub.

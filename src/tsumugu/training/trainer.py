@@ -60,8 +60,6 @@ from tsumugu.training.watchdog import PATIENCE, Watchdog, group_timeout, outlast
 STARTS = "starts.jsonl"  # in the run folder: a line for every start
 SAVED = ".saved"  # in the run folder: the last start ended with a checkpoint of its last step
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -144,7 +142,7 @@ class Trainer:
         if resumed:
             _check_identity(state, self.identity, resumed)
         self.resumed = resumed is not None
-        self.compute_dtype = compute_dtype = _DTYPES[dtype]
+        self.compute_dtype = compute_dtype = build.DTYPES[dtype]
         master_dtype = torch.float64 if dtype == "float64" else torch.float32
         new = [] if saved is None or resumed else on_main(lambda: _extension(config, str(saved.run_dir / "tokenizer")))
         fill = checkpoint.weights(saved, new) if saved else _starting_weights(config)
