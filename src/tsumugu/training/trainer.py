@@ -39,6 +39,7 @@ from tsumugu.distributed.environment import Environment, on_device, on_main, pro
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
+from tsumugu.kernels.linear import sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
@@ -184,6 +185,9 @@ class Trainer:
         self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
         self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        if isinstance(self.optimizer, MasterAdamW):
+            for layer in build.decoder_layers(self.model):
+                sum_in_products(layer, self.optimizer.sums)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)
