@@ -1114,6 +1114,7 @@ def _identity(
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
         **{f"data.{key}": True for key in ("document_mask", "group_by_length") if getattr(config.data, key)},
+        **({"parallel.fp8": config.parallel.fp8} if config.parallel.fp8 else {}),
         "the length of the run (steps)": data.steps,
         "the rows of the run": rows,
         "train.global_batch_size": config.train.global_batch_size,
