@@ -52,7 +52,7 @@ def add_product(total: torch.Tensor, gradient_NO: torch.Tensor, rows_NI: torch.T
     """
     if total.dtype != rows_NI.dtype and not total.is_cuda:
         gradient_NO, rows_NI = gradient_NO.to(total.dtype), rows_NI.to(total.dtype)
-    wider = {} if total.dtype == rows_NI.dtype else {"out_dtype": total.dtype}
+    wider: dict[str, Any] = {} if total.dtype == rows_NI.dtype else {"out_dtype": total.dtype}
     if first:
         torch.mm(gradient_NO.T, rows_NI, out=total, **wider)
     else:
