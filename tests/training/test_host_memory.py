@@ -167,7 +167,6 @@ def test_float16_steps_are_those_of_a_plain_loop_with_a_grad_scaler(tmp_path: Pa
     assert applied == [later == earlier for earlier, later in zip(used, [*used[1:], scaler.get_scale()], strict=True)]
     assert False in applied
     assert True in applied
-    differences = torch.cat([(weights[name] - p.detach()).abs().flatten() for name, p in masters.named_parameters()])
-    # where a gradient is almost nothing, its rounding, in which processors differ, decides how large AdamW's step is
-    assert differences.max() < rate / 5
-    assert differences.mean() < 1e-5
+    for name, master in masters.named_parameters():
+        if not name.endswith("query_key_value.bias"):  # keys' have no gradient but rounding, in which processors differ
+            torch.testing.assert_close(weights[name], master.detach(), rtol=0, atol=5e-4)
