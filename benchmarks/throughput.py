@@ -266,10 +266,11 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     model.config.use_cache = False
     sharded: dict[str, Any] = {}
+    processes = int(options.get("gpus", 1))
     if processes > 1:
         fsdp = {"version": 2, "reshard_after_forward": options.get("reshard") != "never"}
         sharded = {"fsdp": True, "fsdp_config": fsdp}
-    steps, processes = arguments.warm + arguments.steps, int(options.get("gpus", 1))
+    steps = arguments.warm + arguments.steps
     draw = np.random.default_rng(0)
     rows = draw.integers(4, model_config.vocab_size, (micro * MICRO_BATCHES * steps * processes, arguments.length))
     data: Any = [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows)]
