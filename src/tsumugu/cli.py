@@ -532,7 +532,7 @@ def _run_dir(options: argparse.Namespace) -> Path:
 
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu import certificate
-    from tsumugu.export import CertificateError, export, export_state_dict, push_to_hub
+    from tsumugu.export import CertificateError, export, export_state_dict, leftovers, push_to_hub
     from tsumugu.interoperability import servers, tokenizer_kind
     from tsumugu.model.build import read_config
 
@@ -546,6 +546,9 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if not options.output:
         raise UserError("--output is missing", "name the folder to make")
     output = Path(options.output)
+    for path in leftovers(output):
+        message = f"{path} is of an export that was killed, or is still running: delete it if none is"
+        print(f"tsumugu: warning: {message}", file=sys.stderr)
     try:
         if options.from_state_dict:
             if not options.model_config:
@@ -564,6 +567,8 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     content = certificate.read(output)
     if content["origin"].get("step") == 0:
         print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
+    if made:
+        _show_sample(content["sample"])
     failures, figures = ([], content["verified"]) if made else certificate.verify(output, options.verify_with)
     code = _show_certificate(output, failures, figures, "done" if made else "already done")
     if code:
@@ -574,6 +579,17 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if options.push_to_hub:
         print(push_to_hub(output, options.push_to_hub, options.public))
     return code
+
+
+def _show_sample(sample: dict) -> None:
+    """Which rows of data an export was compared on, and which are missing."""
+    if sample["rows"]:
+        stores = ", ".join(f"{number} of {name}" for name, number in sample["stores"].items() if number)
+        print(f"compared on golden strings and {sample['rows']} rows of {sample['split']} data: {stores}")
+    else:
+        print("compared on golden strings alone, without validation data")
+    for reason in sample["missing"]:
+        print(f"tsumugu: warning: no rows were compared: {reason}", file=sys.stderr)
 
 
 def _show_certificate(folder: Path, failures: list[str], figures: list[dict], done: str) -> int:
