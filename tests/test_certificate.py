@@ -1,6 +1,7 @@
 """A certificate finds what is wrong with an exported folder, and names it."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -120,7 +121,7 @@ def test_the_figures_are_those_of_the_stock_model(exported: Path):
         assert own == pytest.approx(expected, abs=1e-5)
 
     def perplexity(rows: list[list[float]]) -> float:
-        return torch.tensor(sum(rows, []), dtype=torch.float64).mean().exp().item()
+        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.float64).mean().exp().item()
 
     assert content["verified"][0]["perplexity"] == pytest.approx(perplexity(losses), rel=1e-5)
     _, figures = certificate.verify(exported / "gpt_neox-model")
@@ -314,7 +315,7 @@ def test_a_row_of_the_embedding_that_no_test_row_reads_is_compared_too(
     runs: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rows = [*content_of(exported / "llama-model")["expected"]["rows"], *random_documents(8, seed=2)[:3]]
-    unread = max(set(range(read_contract(runs / "llama" / "tokenizer").vocab_size)) - set(sum(rows, [])))
+    unread = max(set(range(read_contract(runs / "llama" / "tokenizer").vocab_size)) - set(itertools.chain(*rows)))
     written_wrongly(monkeypatch, "model.embed_tokens.weight", lambda t: t.index_fill(0, torch.tensor([unread]), 9.0))
     with pytest.raises(CertificateError, match=r"tensor model\.embed_tokens\.weight has other values"):
         export(str(runs / "llama"), tmp_path / "model")
@@ -339,7 +340,10 @@ def with_stores(run: Path, output: Path, *paths: Path) -> Path:
     """A copy of a run that says it has read these stores."""
     shutil.copytree(run, output)
     content = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
-    content["data"] |= {"store": None, "stores": [{"name": path.name, "path": str(path), "weight": 1} for path in paths]}
+    content["data"] |= {
+        "store": None,
+        "stores": [{"name": path.name, "path": str(path), "weight": 1} for path in paths],
+    }
     (output / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return output
 

@@ -304,7 +304,7 @@ def _logits_of(subject: Subject, rows: list[list[int]]) -> tuple[list[torch.Tens
 
 
 def _unmerged_logits(subject: Subject, rows: list[list[int]]) -> list[torch.Tensor]:
-    """Logits as in training: in each adapted layer, A and B of the adapter (Hu et al., 2021) beside the base's weight."""
+    """Logits as in training: in each adapted layer A and B of its adapter (Hu et al., 2021) beside the base weight."""
     unmerged = subject.unmerged
     assert unmerged
     model, device = _computing(subject.model, unmerged.weight), device_at_hand()

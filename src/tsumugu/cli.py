@@ -289,7 +289,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--limit", type=_whole(1), metavar="N", help="documents of each, to try it out")
     tasks.add_argument("--chat-template", action="store_true", help="prompts go through the model's chat template")
     replies = parser.add_argument_group("replies")
-    replies.add_argument("--prompts", metavar="FILE", help="a prompt a line, as text or JSON")
+    replies.add_argument("--prompts", metavar="FILE", help="a file of prompts, as of `generate`")
     replies.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
     replies.add_argument("--max-new-tokens", type=_whole(1), default=128, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on GPUs")
@@ -667,6 +667,8 @@ def _evaluate(options: argparse.Namespace, _flags: list[str]) -> int:
 
     from tsumugu.evaluate.evaluation import Evaluation, evaluate, show
 
+    if options.output and not (Path(options.output).parent.is_dir() and not Path(options.output).is_dir()):
+        raise UserError(f"--output {options.output} cannot be written", "name a file in a folder that exists")
     report = evaluate(
         Evaluation(
             models=options.models,

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -260,8 +260,8 @@ def read_origin(folder: Path) -> dict:
 
 
 def leftovers(output: Path) -> list[Path]:
-    """What exports to `output` that were killed, or are still running, hold beside it: folders that have the hidden name
-    of one, and no certificate yet."""
+    """What exports to `output` that were killed, or are still running, hold beside it: folders that have the hidden
+    name of one, and no certificate yet."""
     named = re.compile(rf"\.{re.escape(output.name)}-[a-z0-9_]{{8}}")
     found = [path for path in output.parent.glob(f".{glob.escape(output.name)}-*") if named.fullmatch(path.name)]
     return sorted(path for path in found if (path / ORIGIN).is_file() and not (path / certificate.FILE).exists())
@@ -365,8 +365,8 @@ def _sample(source: _Source) -> tuple[list[list[int]], dict]:
         documents = store.validation if split == "validation" else store.train
         some = (documents.document(index)[0].tolist() for index in range(documents.documents))
         rows[name] = list(itertools.islice((row for row in some if len(row) > 1), _SAMPLE_ROWS))
-    taken = [(name, row) for turn in itertools.zip_longest(*rows.values()) for name, row in zip(rows, turn, strict=True)]
-    taken = [(name, row) for name, row in taken if row is not None][:_SAMPLE_ROWS]
+    turns = itertools.zip_longest(*([(name, row) for row in found] for name, found in rows.items()))
+    taken = [pair for turn in turns for pair in turn if pair][:_SAMPLE_ROWS]
     counts = {name: [of for of, _ in taken].count(name) for name in rows}
     if stores and not taken:
         missing.append("no document of its stores has two tokens")

@@ -1,5 +1,6 @@
 """Folders of LoRA adapters as peft has them, ours and others': where their base model is, and both as one model."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -73,5 +74,16 @@ def load(folder: Path, origin: dict, dtype: torch.dtype | None = None) -> PreTra
     lora.check_installed()
     base = find_base(folder)
     check_base(base, origin)
-    model = reload.with_adapters(reload.load_base(str(base), origin, torch.float32), str(folder)).merge_and_unload()
+    model = reload.load_base(str(base), origin, torch.float32)
+    try:
+        model = reload.with_adapters(model, str(folder)).merge_and_unload()
+    except RuntimeError as error:  # torch's, of shapes
+        raise UserError(f"the adapters in {folder} do not fit {base}: {error}", "put their base model there") from None
     return model.to(dtype or build.own_dtype(base))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the weights of a base model and of the adapters beside it."""
+    hashes = [build.weights_sha256(find_base(folder)).encode()]
+    hashes += [file.read_bytes() for file in sorted(folder.glob("adapter_model.*"))]
+    return hashlib.sha256(b" ".join(hashes)).hexdigest()
