@@ -679,7 +679,7 @@ def test_what_tasks_cannot_be_asked_is_refused_before_a_model_is_loaded(
         ("jcommonsenseqa", common, json.dumps(document | {"label": -1}), "the answer -1 is none of the 5 choices"),
         ("jcommonsenseqa", common, json.dumps(document | {"label": "x"}), "the answer 'x' is none of the 5 choices"),
         ("jmmlu", choices, "問,1,2,3,4,A".encode("cp932"), "not UTF-8"),
-        ("jmmlu", choices, 'a,1,2,3,4,"A', "not a question|no CSV"),
+        ("jmmlu", choices, '"' + "a" * 200_000 + '",1,2,3,4,A', "no CSV: field larger than field limit"),
         ("jmmlu", choices, "a,1,2,3,4,E", "not a question, four choices and a letter"),
     ):
         before = file.read_bytes()
