@@ -502,6 +502,26 @@ def test_damaged_settings_are_one_line(model_folder: Path, tmp_path: Path, capsy
         (folder / name).unlink()
 
 
+def test_weights_that_are_not_the_models_are_one_line(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    """transformers would fill in random numbers for those that are missing."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    wrong = {"gpt_neox.final_layer_norm.bias": torch.ones(3)}
+    for content, message in (
+        ([torch.ones(1)], "cannot be loaded"),
+        ({1: torch.ones(1)}, "cannot be loaded"),
+        ({"a": torch.ones(1)}, "lacks weights: "),
+        (wrong, "cannot be loaded"),
+    ):
+        torch.save(content, folder / "pytorch_model.bin")
+        assert main(["generate", str(folder), "--prompt", "雨"]) == 2
+        err = capfd.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1, err
+
+
 def test_prompts_that_are_not_utf_8_are_one_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "prompts.txt").write_bytes("雨は？\n".encode("cp932"))
     assert main(["generate", str(model_folder), "--prompts", str(tmp_path / "prompts.txt")]) == 2

@@ -113,10 +113,14 @@ def load_folder(folder: Path, origin: dict, dtype: torch.dtype | None) -> PreTra
             if (folder / "generation_config.json").exists():
                 GenerationConfig.from_pretrained(folder)
             load: Any = AutoModelForCausalLM.from_pretrained
-            return load(folder, trust_remote_code=False, local_files_only=True, dtype=dtype or "auto").eval()
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+            options = {"trust_remote_code": False, "local_files_only": True, "dtype": dtype or "auto"}
+            model, info = load(folder, **options, output_loading_info=True)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder} cannot be loaded: {reason}", "export or copy it anew") from None
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
+        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}", "export or copy it anew")
+    return model.eval()
 
 
 def _with_own_settings(model: PreTrainedModel, folder: Path, origin: dict) -> PreTrainedModel:

@@ -561,12 +561,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars, of which every process would draw one."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' own progress bars, of which every process would draw one, and its tables of keys."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()
 
