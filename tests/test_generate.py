@@ -502,9 +502,7 @@ def test_damaged_settings_are_one_line(model_folder: Path, tmp_path: Path, capsy
         (folder / name).unlink()
 
 
-def test_weights_that_are_not_the_models_are_one_line(
-    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture
-):
+def test_weights_that_are_not_the_models_are_one_line(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
     """transformers would fill in random numbers for those that are missing."""
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()

@@ -91,7 +91,8 @@ def load_model(source: Source, dtype: str | None = None) -> PreTrainedModel:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if source.step is None:
-        return load_folder(source.folder, source.origin, build.DTYPES[dtype] if dtype else None).to(device)
+        model: Any = load_folder(source.folder, source.origin, build.DTYPES[dtype] if dtype else None)
+        return model.to(device)
     return _load_checkpoint(source.folder, source.step, dtype or "float32", device)
 
 

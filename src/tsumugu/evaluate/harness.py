@@ -326,9 +326,9 @@ def _takes(tokenizer: Any, *roles: str) -> bool:
     return True
 
 
-def _evaluated(config: dict[str, Any]) -> str | None:
-    """The split that is."""
-    return config.get("test_split") or config.get("validation_split")
+def _evaluated(config: dict[str, Any]) -> str:
+    """The split that is; "" where none is named."""
+    return config.get("test_split") or config.get("validation_split") or ""
 
 
 def _is_cut(sample: dict, task: Task, harness_model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -22,8 +23,12 @@ def is_adapter(folder: Path) -> bool:
 def base_name(base: str) -> str:
     """What an export calls a base model: a name of the hub whole, of a local folder its last part, without the way
     there, which may name a person."""
-    path = Path(base)
-    return path.resolve().name if path.exists() or path.is_absolute() else base
+    return base if on_hub(base) else Path(base).resolve().name
+
+
+def on_hub(base: str) -> bool:
+    """Whether this is a name on the hub, and no folder."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
 
 
 def find_base(folder: Path) -> Path:
@@ -42,7 +47,7 @@ def find_base(folder: Path) -> Path:
     for place in (path, beside):
         if (place / "config.json").is_file():
             return place
-    if path.is_absolute() or len(path.parts) != 2:
+    if not on_hub(name):
         raise UserError(
             f"{folder} holds adapters of the base model {name}, which is neither here nor beside that folder",
             f"put or link it to {beside}",
