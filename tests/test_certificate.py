@@ -99,8 +99,19 @@ def test_a_sound_export_passes_in_fresh_processes_of_transformers_5_and_4(
         names = set(opened.keys())
     assert content["tensors"].keys() == names
     assert {entry["dtype"] for entry in content["tensors"].values()} == {"bfloat16"}
-    present = {path.name for path in model.iterdir()} - {"certificate.json"}
-    assert content["files"].keys() == present
+    origin, run = content["origin"], runs / "gpt_neox"
+    assert (origin["step"], origin["dtype"]) == (3, "bfloat16")
+    assert origin["configuration"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert origin["tokenizer"] == read_contract(run / "tokenizer").fingerprint
+    checkpoint = run / "checkpoints" / "step-00000003"
+    for name, sha256 in origin["checkpoint"].items():
+        assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == sha256
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.iterdir()}
+    assert content["files"] == {name: sha256 for name, sha256 in files.items() if name != "certificate.json"}
+    assert (content["expected"]["tied"], len(content["expected"]["buffers"])) == (False, 1)
+    for found in content["verified"]:
+        assert found["perplexity"] == pytest.approx(found["perplexity_of_checkpoint"], rel=0.01)
+        assert found["greedy_agreement_with_checkpoint"] > 0.95
     assert cli.main(["export", "--verify", str(model)]) == 0
     assert f"{model}: verified" in capsys.readouterr().out
     assert cli.main(arguments) == 0

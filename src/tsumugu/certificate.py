@@ -126,6 +126,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
     """
     tensors = {name: describe(tensor) for part in subject.parts() for name, tensor in part.items()}
     expected, merged, rounded = _expected(subject)
+    public = len(expected["rows"]) - len(subject.sample)
     trained = _unmerged_logits(subject, expected["rows"]) if subject.unmerged else merged
     failures = [*_tensor_faults(folder, tensors), *_tokenizer_faults(folder, expected)]
     if not (apart := _difference(merged, trained)) <= _LOGITS * max(map(_largest, trained)):
@@ -160,16 +161,12 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "failures": failures,
         "verified": verified,
-        "expected": _without_sample(expected, len(subject.sample)),
-        "sample": subject.drawn | {"sha256": hashlib.sha256(json.dumps(subject.sample).encode()).hexdigest()},
+        # of the validation data, whose rows are the last ones, neither ids nor losses: they are somebody's text
+        "expected": expected | {key: expected[key][:public] for key in ("rows", "losses")},
+        "sample": subject.drawn
+        | {"sha256": hashlib.sha256(json.dumps(expected["rows"][public:]).encode()).hexdigest()},
         "tensors": tensors,
     }
-
-
-def _without_sample(expected: dict, number: int) -> dict:
-    """What may be published: the rows of the validation data, which are the last ones, are somebody's text."""
-    kept = len(expected["rows"]) - number
-    return expected | {key: expected[key][:kept] for key in ("rows", "losses")}
 
 
 def seal(folder: Path, certificate: dict) -> None:
