@@ -287,7 +287,8 @@ def test_what_cannot_be_verified_is_refused(exported: Path, tmp_path: Path, fres
     change_json("config.json", hidden_size=48)(tmp_path / "model")
     failures, _ = certificate.verify(tmp_path / "model")
     assert any("cannot be reloaded with" in failure for failure in failures)
-    for content in ("{", '{"version": 1}', '{"version": 2}', "[]", '{"version": 2, "failures": {}}'):
+    empty = content_of(exported / "llama-model") | {"expected": {}}
+    for content in ("{", '{"version": 1}', '{"version": 2}', "[]", '{"version": 2, "failures": {}}', json.dumps(empty)):
         (tmp_path / "model" / "certificate.json").write_text(content)
         with pytest.raises(UserError, match=r"damaged or of another version"):
             certificate.verify(tmp_path / "model")
@@ -384,10 +385,13 @@ def test_what_a_killed_export_left_is_said(runs: Path, exported: Path, tmp_path:
     (tmp_path / ".model-ab12_xyz" / "tsumugu.json").write_text("{}")
     shutil.copytree(exported / "llama-model", tmp_path / ".model-anothers")  # a finished one, so named
     (tmp_path / ".model-folder__").mkdir()  # somebody's
+    (tmp_path / ".certificate-ab12_xyz").mkdir()
+    (tmp_path / ".certificate-ab12_xyz" / "asked.json").write_text("{}")
+    (tmp_path / ".certificate-folder__").mkdir()
     assert cli.main(["export", str(runs / "llama"), "--output", str(tmp_path / "model")]) == 0
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "was killed" in line]
-    assert str(tmp_path / ".model-ab12_xyz") in line
-    assert len(list(tmp_path.iterdir())) == 4
+    said = [line.split()[2] for line in capsys.readouterr().err.splitlines() if "was killed" in line]
+    assert said == [str(tmp_path / ".model-ab12_xyz"), str(tmp_path / ".certificate-ab12_xyz")]
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_a_dtype_that_costs_too_much_is_refused(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

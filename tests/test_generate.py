@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tsumugu import generate
 from tsumugu.cli import main
 from tsumugu.config import LoraConfig
 from tsumugu.data.instructions import TEMPLATES, Message
@@ -520,7 +521,10 @@ def test_weights_that_are_not_the_models_are_one_line(model_folder: Path, tmp_pa
         assert err.count("\n") == 1, err
 
 
-def test_prompts_that_are_not_utf_8_are_one_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+def test_prompts_that_are_not_utf_8_are_one_line_before_the_model_is_loaded(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.txt").write_bytes("雨は？\n".encode("cp932"))
     assert main(["generate", str(model_folder), "--prompts", str(tmp_path / "prompts.txt")]) == 2
     assert "prompts.txt is not UTF-8 at byte 0" in capsys.readouterr().err

@@ -49,6 +49,7 @@ from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
 
 FILE = "certificate.json"
 VERSION = 2
+SCRATCH, ASKED = ".certificate-", "asked.json"  # the folder beside an export through which it is reloaded
 
 # Of the largest logit. In one environment the logits are equal to the last bit; other versions of torch and
 # transformers order the same sums otherwise: float32 has 1.2e-7, and a deep model adds up some hundred of them.
@@ -62,6 +63,8 @@ Read = Callable[[str], torch.Tensor]  # a name in memory → the whole tensor, i
 # Of a certificate, what is read again.
 _PARTS = {"failures": list, "verified": list, "expected": dict, "sample": dict, "tensors": dict}
 _PARTS |= {"files": dict, "origin": dict}
+_EXPECTED = {"dtype", "rows", "losses", "largest_logit", "tied", "buffers", "config", "adapter", "texts", "golden"}
+_EXPECTED |= {"decoded", "default", "vocabulary", "tokenizer_json", "conversations", "prompts", "special", "generation"}
 
 
 class ReloadError(Exception):
@@ -127,6 +130,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
     tensors = {name: describe(tensor) for part in subject.parts() for name, tensor in part.items()}
     expected, merged, rounded = _expected(subject)
     public = len(expected["rows"]) - len(subject.sample)
+    private = json.dumps(expected["rows"][public:])
     trained = _unmerged_logits(subject, expected["rows"]) if subject.unmerged else merged
     failures = [*_tensor_faults(folder, tensors), *_tokenizer_faults(folder, expected)]
     if not (apart := _difference(merged, trained)) <= _LOGITS * max(map(_largest, trained)):
@@ -163,8 +167,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
         "verified": verified,
         # of the validation data, whose rows are the last ones, neither ids nor losses: they are somebody's text
         "expected": expected | {key: expected[key][:public] for key in ("rows", "losses")},
-        "sample": subject.drawn
-        | {"sha256": hashlib.sha256(json.dumps(expected["rows"][public:]).encode()).hexdigest()},
+        "sample": subject.drawn | {"sha256": hashlib.sha256(private.encode()).hexdigest()},
         "tensors": tensors,
     }
 
@@ -184,7 +187,8 @@ def read(folder: Path) -> dict:
     """
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if content["version"] == VERSION and all(isinstance(content[key], kind) for key, kind in _PARTS.items()):
+        whole = content["version"] == VERSION and all(isinstance(content[key], kind) for key, kind in _PARTS.items())
+        if whole and content["expected"].keys() >= _EXPECTED | {"stops"}:
             return content
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no {FILE}", "only folders of `tsumugu export` can be verified") from None
@@ -361,8 +365,8 @@ def _prompts(subject: Subject) -> tuple[list[list[dict]], list[list[int]]]:
 def _reloaded(folder: Path, expected: dict, python: str, base: Path | None) -> tuple[dict, list[torch.Tensor]]:
     """What another process makes of a folder (of adapters: beside their base model), and its logits."""
     keys = ("rows", "texts", "conversations", "stops")
-    with tempfile.TemporaryDirectory(prefix=".certificate-", dir=folder.resolve().parent) as scratch:
-        asked, answer, logits = (Path(scratch) / name for name in ("asked.json", "answer.json", "logits.npy"))
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder.resolve().parent) as scratch:
+        asked, answer, logits = (Path(scratch) / name for name in (ASKED, "answer.json", "logits.npy"))
         request = {key: expected[key] for key in keys} | {
             "folder": str(folder.resolve()),
             "logits": str(logits),

@@ -613,7 +613,7 @@ def _show_certificate(folder: Path, failures: list[str], figures: list[dict], do
 def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
     import json
 
-    from tsumugu.generate import Decoding, Generator, answer, conversation, converse
+    from tsumugu.generate import Decoding, Generator, answer, conversation, converse, read_prompts
 
     names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
@@ -623,6 +623,8 @@ def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
         raise UserError("--input goes with --prompt", "put it into the lines of --prompts, or into the message")
     if options.prompt is None and options.prompts is None and not sys.stdin.isatty():
         raise UserError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT or --prompts FILE")
+    if options.prompts is not None:
+        read_prompts(Path(options.prompts))  # before the model is loaded
     generator = Generator(options.model, options.template, options.dtype)
     if options.seed is not None:
         import torch

@@ -261,10 +261,15 @@ def read_origin(folder: Path) -> dict:
 
 def leftovers(output: Path) -> list[Path]:
     """What exports to `output` that were killed, or are still running, hold beside it: folders that have the hidden
-    name of one, and no certificate yet."""
-    named = re.compile(rf"\.{re.escape(output.name)}-[a-z0-9_]{{8}}")
-    found = [path for path in output.parent.glob(f".{glob.escape(output.name)}-*") if named.fullmatch(path.name)]
-    return sorted(path for path in found if (path / ORIGIN).is_file() and not (path / certificate.FILE).exists())
+    name of one and no certificate yet; and what one was reloaded with."""
+
+    def named(prefix: str) -> list[Path]:
+        pattern = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}")
+        return sorted(path for path in output.parent.glob(f"{glob.escape(prefix)}*") if pattern.fullmatch(path.name))
+
+    written = (path for path in named(f".{output.name}-") if not (path / certificate.FILE).exists())
+    asked = (path for path in named(certificate.SCRATCH) if (path / certificate.ASKED).is_file())
+    return [*(path for path in written if (path / ORIGIN).is_file()), *asked]
 
 
 def _is_done(output: Path, origin: dict) -> bool:

@@ -28,7 +28,7 @@ from tsumugu.data.audit import Report, audit, quick_audit
 from tsumugu.data.audit_view import to_html
 from tsumugu.data.store import open_store
 from tsumugu.errors import UserError, redact
-from tsumugu.generate import Decoding, Generator, answer
+from tsumugu.generate import Decoding, Generator, answer, read_prompts
 from tsumugu.model import build
 from tsumugu.training import checkpoint
 from tsumugu.training.metrics import METRICS, metric_lines
@@ -141,6 +141,8 @@ def report(
             raise UserError(f"{path} is given twice", "give each run once")
     if png:
         _need_matplotlib()
+    if prompts:
+        read_prompts(prompts)  # before all else is read
     read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
     curves = _curves(read)
     replies = [_replies(run, prompts, max_new_tokens) for run in read] if prompts else []
