@@ -370,7 +370,7 @@ def test_rows_of_every_store_are_compared_and_those_that_are_gone_are_named(runs
     assert cli.main(["export", str(run), "--output", str(tmp_path / "model")]) == 0
     shown = capsys.readouterr()
     assert "compared on golden strings and 4 rows of validation data: 3 of news, 1 of wiki" in shown.out
-    assert "no rows were compared: the store gone is not where the run has read it" in shown.err
+    assert "no rows were compared: the store gone cannot be opened where the run has read it" in shown.err
     assert "no rows were compared: the store other is made with another tokenizer" in shown.err
     assert content_of(tmp_path / "model")["sample"]["stores"] == {"news": 3, "wiki": 1}
     run = with_stores(runs / "llama", tmp_path / "alone", tmp_path / "gone", tmp_path / "other")
@@ -498,6 +498,9 @@ def test_the_card_names_the_base_model_its_licence_and_its_terms(exported: Path,
     assert '- Some-Llama\n- License / ライセンス: llama3.1\n- The name must begin with "Llama"' in card
     assert "| store | 1 |" in card
     assert "| training loss / 学習損失 |" in card
+    assert "## Certificate / 証明書" in card
+    verified = content_of(tmp_path / "model")["verified"][0]
+    assert f"| {verified['transformers']} | {verified['torch']} |" in card
     assert str(tmp_path) not in card
     assert "None: trained from random weights" in (exported / "gpt_neox-model" / "README.md").read_text(
         encoding="utf-8"

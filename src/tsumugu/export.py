@@ -351,14 +351,14 @@ def _sample(source: _Source) -> tuple[list[list[int]], dict]:
     missing, stores = [], {}
     try:
         entries = configuration.load(configuration.TrainingRun, [str(source.run_dir / "config.yaml")]).data.entries
-    except UserError as error:
-        entries, missing = [], [f"config.yaml cannot be read: {error.message}"]
+    except UserError:  # whose message may hold a path, which is nobody's business
+        entries, missing = [], ["the run's config.yaml cannot be read"]
     for entry in entries:
         name = entry.name or Path(entry.path).name
         try:
             store = open_store(Path(entry.path))
         except (UserError, OSError):
-            missing.append(f"the store {name} is not where the run has read it")
+            missing.append(f"the store {name} cannot be opened where the run has read it")
             continue
         if store.fingerprint == source.contract.fingerprint:
             stores[name] = store
