@@ -326,11 +326,14 @@ def test_a_tensor_that_was_written_wrongly_is_named(runs: Path, tmp_path: Path, 
 def test_a_row_of_the_embedding_that_no_test_row_reads_is_compared_too(
     runs: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    rows = [*content_of(exported / "llama-model")["expected"]["rows"], *random_documents(8, seed=2)[:3]]
-    unread = max(set(range(read_contract(runs / "llama" / "tokenizer").vocab_size)) - set(itertools.chain(*rows)))
-    written_wrongly(monkeypatch, "model.embed_tokens.weight", lambda t: t.index_fill(0, torch.tensor([unread]), 9.0))
-    with pytest.raises(CertificateError, match=r"tensor model\.embed_tokens\.weight has other values"):
-        export(str(runs / "llama"), tmp_path / "model")
+    rows = [*content_of(exported / "gpt_neox-model")["expected"]["rows"], *random_documents(8, seed=2)[:3]]
+    unread = max(set(range(read_contract(runs / "gpt_neox" / "tokenizer").vocab_size)) - set(itertools.chain(*rows)))
+    name = "gpt_neox.embed_in.weight"
+    written_wrongly(monkeypatch, name, lambda tensor: tensor.index_fill(0, torch.tensor([unread]), 9.0))
+    with pytest.raises(CertificateError) as caught:
+        export(str(runs / "gpt_neox"), tmp_path / "model")
+    (failure,) = caught.value.failures  # nothing else shows it
+    assert failure.startswith(f"tensor {name} has other values")
 
 
 def test_a_certificate_holds_no_text_of_the_data(exported: Path):
