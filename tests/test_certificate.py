@@ -367,15 +367,17 @@ def test_rows_of_every_store_are_compared_and_those_that_are_gone_are_named(runs
     fingerprint, documents = read_contract(runs / "llama" / "tokenizer").fingerprint, random_documents(6, seed=4)
     write_store(tmp_path / "news", documents, documents[:5], fingerprint=fingerprint)
     write_store(tmp_path / "wiki", documents, documents[:1], fingerprint=fingerprint)
+    write_store(tmp_path / "code", documents, [], fingerprint=fingerprint)
     write_store(tmp_path / "other", documents, documents)
-    stores = [tmp_path / name for name in ("gone", "other", "news", "wiki")]
+    stores = [tmp_path / name for name in ("gone", "other", "code", "news", "wiki")]
     run = with_stores(runs / "llama", tmp_path / "run", *stores)
     assert cli.main(["export", str(run), "--output", str(tmp_path / "model")]) == 0
     shown = capsys.readouterr()
     assert "compared on golden strings and 4 rows of validation data: 3 of news, 1 of wiki" in shown.out
     assert "no rows were compared: the store gone cannot be opened where the run has read it" in shown.err
     assert "no rows were compared: the store other is made with another tokenizer" in shown.err
-    assert content_of(tmp_path / "model")["sample"]["stores"] == {"news": 3, "wiki": 1}
+    assert "no rows were compared: the store code has no validation document" in shown.err
+    assert content_of(tmp_path / "model")["sample"]["stores"] == {"code": 0, "news": 3, "wiki": 1}
     run = with_stores(runs / "llama", tmp_path / "alone", tmp_path / "gone", tmp_path / "other")
     assert cli.main(["export", str(run), "--output", str(tmp_path / "without")]) == 0
     assert "compared on golden strings alone" in capsys.readouterr().out

@@ -370,11 +370,11 @@ def _sample(source: _Source) -> tuple[list[list[int]], dict]:
         documents = store.validation if split == "validation" else store.train
         some = (documents.document(index)[0].tolist() for index in range(documents.documents))
         rows[name] = list(itertools.islice((row for row in some if len(row) > 1), _SAMPLE_ROWS))
+        if not rows[name]:
+            missing.append(f"the store {name} has no {split} document of two tokens")
     turns = itertools.zip_longest(*([(name, row) for row in found] for name, found in rows.items()))
     taken = [pair for turn in turns for pair in turn if pair][:_SAMPLE_ROWS]
     counts = {name: [of for of, _ in taken].count(name) for name in rows}
-    if stores and not taken:
-        missing.append("no document of its stores has two tokens")
     return [row for _, row in taken], {"rows": len(taken), "split": split, "stores": counts, "missing": missing}
 
 
