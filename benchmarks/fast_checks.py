@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from tsumugu import config
+from tsumugu.distributed import parallelize
 from tsumugu.distributed.environment import process_group
 from tsumugu.kernels import cross_entropy, has_triton
 from tsumugu.kernels import masters as kernels
@@ -178,6 +179,10 @@ def check_runs(folder: Path) -> None:
         if name == "gpt_neox":
             print("\n".join(paths))
         check(f"{name}: losses of {STEPS} steps", float(np.abs(fast / plain - 1).max()), 2e-3)
+        parallelize._SMALLEST_OFFLOADED, smallest = 0, parallelize._SMALLEST_OFFLOADED
+        moved, _, _ = take(run_of(folder, name, parallel__offload_activations=True), folder / f"{name} offloaded")
+        parallelize._SMALLEST_OFFLOADED = smallest
+        check(f"{name}: losses of {STEPS} steps, activations offloaded", float(np.abs(moved / plain - 1).max()), 2e-3)
         if importlib.util.find_spec("torchao"):
             for recipe in ("tensorwise", "rowwise"):
                 in_fp8, _, paths = take(run_of(folder, name, parallel__fp8=recipe), folder / f"{name} {recipe}")

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.distributed.mesh import build_mesh
-from tsumugu.distributed.parallelize import reshard
+from tsumugu.distributed.parallelize import _storages, reshard
+from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import build
 
 LAYERS = 4
@@ -125,3 +126,29 @@ def test_weights_gathered_by_forward_alone_are_dropped():
     reshard(model)
     assert "Parameter" in gathered
     assert {type(p.data).__name__ for p in model.parameters()} == {"DTensor"}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_is_moved_for_backward_does_not_take_the_sums_of_gradients_along(
+    compiled: bool, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(8, 8, bias=False))
+    hidden, weight = torch.randn(3, 8, requires_grad=True), layer[1].weight
+    (expected,) = torch.autograd.grad(layer(hidden).sum(), weight)
+    held = Sum(torch.full((8, 8), torch.nan), torch.tensor(False))
+    sum_in_products(layer, {weight: held})
+    forward = torch.compile(layer.forward) if compiled else layer.forward
+    own, moved = _storages(layer), []
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() in own:
+            return tensor
+        moved.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(copied, lambda tensor: tensor):
+        forward(hidden).sum().backward()
+    assert moved
+    torch.testing.assert_close(held.total, expected)

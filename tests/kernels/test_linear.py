@@ -106,3 +106,28 @@ def test_no_sum_is_made_without_gradients():
     with torch.no_grad():
         assert torch.equal(layer(states.requires_grad_()), right)
     assert not held.begun
+
+
+class Twice(nn.Module):
+    """One linear layer that a pass goes through two times."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.inner(torch.tanh(self.inner(hidden)))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_layer_that_is_used_twice_adds_both_gradients(recomputed: bool):
+    torch.manual_seed(0)
+    model = Twice()
+    exact = copy.deepcopy(model).double()
+    held = Sum(torch.full((16, 16), torch.nan), torch.tensor(False))
+    sum_in_products(model, {model.inner.weight: held})
+    hidden = torch.randn(5, 16, requires_grad=True)
+    forward = functools.partial(checkpoint, model, use_reentrant=False) if recomputed else model
+    forward(hidden).sum().backward()
+    exact(hidden.double()).sum().backward()
+    torch.testing.assert_close(held.total.double(), exact.inner.weight.grad, rtol=1e-5, atol=1e-6)

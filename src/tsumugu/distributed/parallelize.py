@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.tensor import check_plan, split
 from tsumugu.errors import UserError
+from tsumugu.kernels.linear import SummedLinear
 
 # Matrix products and attention, by the names of torch's operators, whichever of them this torch has.
 _KEPT = {
@@ -167,8 +168,8 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
     """`forward` whose tensors for backward wait in pinned host memory, copied on a stream of their own.
 
-    Weights are left alone, since FSDP2 has them gathered again. Backward queues the copies back ahead of its work, as
-    far as the host is ahead of the device.
+    What is not of the activations is left alone (see `_storages`). Backward queues the copies back ahead of its work,
+    as far as the host is ahead of the device.
     """
     stream: torch.cuda.Stream | None = None
 
@@ -176,12 +177,11 @@ def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., A
     def offloaded(*args, **kwargs):
         nonlocal stream
         copies = stream = stream or torch.cuda.Stream()
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in layer.parameters())
-        weights = {p.untyped_storage().data_ptr() for p in local}
+        own = _storages(layer)
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device, tuple[int, ...]]:
             small = tensor.nbytes < _SMALLEST_OFFLOADED or 0 in tensor.stride()
-            if small or not tensor.is_cuda or tensor.untyped_storage().data_ptr() in weights:
+            if small or not tensor.is_cuda or tensor.untyped_storage().data_ptr() in own:
                 return tensor
             copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(copies):
@@ -205,3 +205,11 @@ def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., A
             return forward(*args, **kwargs)
 
     return offloaded
+
+
+def _storages(layer: nn.Module) -> set[int]:
+    """Where the weights of a layer lie, which FSDP2 has gathered again, and the sums of their gradients: to those
+    backward adds, and would add to a copy."""
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in layer.parameters()]
+    sums = [module.weight_sum.total for module in layer.modules() if isinstance(module, SummedLinear)]
+    return {tensor.untyped_storage().data_ptr() for tensor in local + sums}

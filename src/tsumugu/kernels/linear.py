@@ -89,8 +89,9 @@ class _Linear(torch.autograd.Function):
 def _linear_backward(
     gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
 ) -> torch.Tensor:
-    add_product(total, gradient_NO, rows_NI, first=not begun.item())
-    begun.fill_(True)
+    # .data: a layer that is used twice has them saved twice, and may write to them at both
+    add_product(total.data, gradient_NO, rows_NI, first=not begun.item())
+    begun.data.fill_(True)
     return gradient_NO @ weight
 
 
