@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.encoding import BulkEncoder
 from support.models import stock_model, tiny_config
 from support.runs import run_config, text_run
@@ -490,6 +491,41 @@ def test_a_folder_of_adapters_is_that_model_too_where_its_base_model_is_beside_i
     for command in (["generate", str(folder), "--prompt", "雨"], ["export", "--verify", str(folder)]):
         assert main(command) == 2
         assert "is not the model beside which the adapters were trained" in capsys.readouterr().err
+
+
+def test_adapters_that_would_not_be_used_whole_are_refused(
+    adapted: tuple[Path, torch.Tensor], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """peft would leave those that it lacks at their first values, without effect, and transformers draw weights."""
+    folder = tmp_path / "adapter"
+    export(str(adapted[0]), folder, adapter=True)
+    for file in ("tsumugu.json", "certificate.json"):
+        (folder / file).unlink()  # as another tool's
+    shutil.copytree(exported, tmp_path / "model")
+    weights = load_file(folder / "adapter_model.safetensors")
+    (lost, *_) = (name for name in weights if "lora_B" in name)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    base = load_file(exported / "model.safetensors")
+
+    def refused(message: str) -> None:
+        assert main(["generate", str(folder), "--prompt", "雨"]) == 2
+        assert message in capsys.readouterr().err
+
+    renamed = {name.replace("model.layers", "layers"): tensor for name, tensor in weights.items()}
+    for content in (renamed, {name: tensor for name, tensor in weights.items() if name != lost}):
+        save_file(content, folder / "adapter_model.safetensors")
+        refused(f"{folder} lacks weights: base_model.model.model.layers.0.")
+    (folder / "adapter_model.safetensors").unlink()
+    refused(f"{folder} holds no adapter_model.safetensors")
+    save_file(weights, folder / "adapter_model.safetensors")
+    for kind in ("NONE SUCH", "PROMPT_TUNING"):
+        changed = described | {"peft_type": kind, "num_virtual_tokens": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
+        refused(f"{folder} holds no adapters that peft can read")
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    del base["model.layers.0.mlp.down_proj.weight"]
+    save_file(base, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    refused("lacks weights: model.layers.0.mlp.down_proj.weight")
 
 
 def test_damaged_settings_are_one_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -131,7 +131,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
     expected, merged, rounded = _expected(subject)
     public = len(expected["rows"]) - len(subject.sample)
     private = json.dumps(expected["rows"][public:])
-    trained = _unmerged_logits(subject, expected["rows"]) if subject.unmerged else merged
+    trained = _unmerged_logits(subject, expected["rows"], subject.unmerged) if subject.unmerged else merged
     failures = [*_tensor_faults(folder, tensors), *_tokenizer_faults(folder, expected)]
     if not (apart := _difference(merged, trained)) <= _LOGITS * max(map(_largest, trained)):
         failures.append(f"merged, the adapters give logits that differ by up to {apart:.3g} from those beside the base")
@@ -301,13 +301,15 @@ def _logits_of(subject: Subject, rows: list[list[int]]) -> tuple[list[torch.Tens
 
     trained, rounded = _computing(subject.model, subject.read), _computing(subject.model, cast)
     device = device_at_hand()
-    return real_logits(trained, rows, device), real_logits(rounded, rows, device), buffers(rounded)
+    if subject.base and subject.unmerged:  # adapters alone: not their sum with the base is rounded
+        logits = _unmerged_logits(subject, rows, subject.unmerged.rounded(subject.dtype))
+    else:
+        logits = real_logits(rounded, rows, device)
+    return real_logits(trained, rows, device), logits, buffers(rounded)
 
 
-def _unmerged_logits(subject: Subject, rows: list[list[int]]) -> list[torch.Tensor]:
+def _unmerged_logits(subject: Subject, rows: list[list[int]], unmerged: lora.Unmerged) -> list[torch.Tensor]:
     """Logits as in training: in each adapted layer A and B of its adapter (Hu et al., 2021) beside the base weight."""
-    unmerged = subject.unmerged
-    assert unmerged
     model, device = _computing(subject.model, unmerged.weight), device_at_hand()
     for layer, factors in unmerged.factors.items():
         first, second = (factor.float().to(device) for factor in factors)

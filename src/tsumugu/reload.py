@@ -108,11 +108,16 @@ def load_base(base: str, origin: dict, dtype: torch.dtype | str) -> Any:
         origin: What tsumugu.json says of the adapters, if there is one: `quantize` (nf4, in which the linear layers
             were held in training) and `vocab_size`.
         dtype: Of the base model.
+
+    Raises:
+        ValueError: It lacks weights, for which transformers would draw random ones.
     """
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    model = load(base, dtype=dtype, trust_remote_code=False)
+    model, info = load(base, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    if missing := sorted(map(str, info["missing_keys"])):
+        raise ValueError(f"the base model {base} lacks weights: {', '.join(missing[:3])}")
     if origin.get("quantize"):
         _through_nf4(model)
     own = model.get_input_embeddings().weight.shape[0]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -74,17 +75,32 @@ def load(folder: Path, origin: dict, dtype: torch.dtype | None = None) -> PreTra
         dtype: None: that of the base model.
 
     Raises:
-        UserError: No peft, no such base model, or another one than in training.
+        UserError: No peft, no such base model or another one than in training, or not every weight of the adapters.
     """
     lora.check_installed()
     base = find_base(folder)
     check_base(base, origin)
+    if not any(folder.glob("adapter_model.*")):  # peft would ask the hub
+        raise UserError(f"{folder} holds no adapter_model.safetensors", "copy the adapters anew")
     model = reload.load_base(str(base), origin, torch.float32)
     try:
-        model = reload.with_adapters(model, str(folder)).merge_and_unload()
+        model = reload.with_adapters(model, str(folder))
+        _check_whole(model, folder)
     except RuntimeError as error:  # torch's, of shapes
         raise UserError(f"the adapters in {folder} do not fit {base}: {error}", "put their base model there") from None
-    return model.to(dtype or build.own_dtype(base))
+    except KeyError as error:  # peft's, of a configuration that names none of its kinds, or another than the weights
+        raise UserError(f"{folder} holds no adapters that peft can read: {error}", "copy them anew") from None
+    return model.merge_and_unload().to(dtype or build.own_dtype(base))
+
+
+def _check_whole(model: Any, folder: Path) -> None:
+    """Raises UserError where adapters kept their first values, of which peft only warns."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    stored = load_peft_weights(str(folder), device="cpu")
+    if missing := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys()):
+        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}", "put the base model of these adapters there")
 
 
 def weights_sha256(folder: Path) -> str:

@@ -6,6 +6,7 @@ adapters, and its other rows are frozen. peft is imported where it is used: it i
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import warnings
@@ -202,14 +203,32 @@ class Unmerged:
     """A model with its adapters beside its weights, as it computes in training.
 
     Attributes:
-        weight: A weight of the base model by its name, with the rows of new ids, and without adapters.
+        base: A weight of the base model by its name.
+        rows: By the name of a weight its rows of new ids.
+        ids: The new ids.
         factors: By the name of a layer its A (rank, inputs) and B (outputs, rank).
         scale: Of B · A.
     """
 
-    weight: Callable[[str], torch.Tensor]
+    base: Callable[[str], torch.Tensor]
+    rows: dict[str, torch.Tensor]
+    ids: list[int]
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     scale: float
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A weight of the base model by its name, with the rows of new ids, and without adapters."""
+        tensor = self.base(name)
+        if name in self.rows:
+            tensor = tensor.to(self.rows[name].dtype, copy=True)
+            tensor[self.ids] = self.rows[name]
+        return tensor
+
+    def rounded(self, dtype: torch.dtype) -> "Unmerged":
+        """With what was trained as an export of the adapters in this dtype has it."""
+        rows = {name: rows.to(dtype).to(rows.dtype) for name, rows in self.rows.items()}
+        factors = {name: (a.to(dtype), b.to(dtype)) for name, (a, b) in self.factors.items()}
+        return dataclasses.replace(self, rows=rows, factors=factors)
 
 
 def unmerged(model: PreTrainedModel, adapters: Adapters, quantized: Collection[str] = ()) -> Unmerged:
@@ -228,20 +247,14 @@ def unmerged(model: PreTrainedModel, adapters: Adapters, quantized: Collection[s
             layer, factor, _ = re.split(r"\.(lora_[AB])\.", name)
             factors[layer][factor] = parameter.detach()
     with unwrapped(model):
-        base = model.state_dict()
+        weights = model.state_dict()
+
+    def base(name: str) -> torch.Tensor:
+        return nf4.dequantize(*nf4.quantize(weights[name]), torch.float32) if name in quantized else weights[name]
+
     ids = [id for id, _ in adapters.new_rows]
-
-    def weight(name: str) -> torch.Tensor:
-        tensor = base[name]
-        if name in quantized:
-            tensor = nf4.dequantize(*nf4.quantize(tensor), torch.float32)
-        if name in rows:
-            tensor = tensor.to(rows[name].dtype, copy=True)
-            tensor[ids] = rows[name]
-        return tensor
-
     pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
-    return Unmerged(weight, pairs, adapters.alpha / adapters.rank)
+    return Unmerged(base, rows, ids, pairs, adapters.alpha / adapters.rank)
 
 
 def merging_dtype(dtype: torch.dtype) -> torch.dtype:
