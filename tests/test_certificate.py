@@ -294,8 +294,10 @@ def test_what_cannot_be_verified_is_refused(exported: Path, tmp_path: Path, fres
     change_json("config.json", hidden_size=48)(tmp_path / "model")
     failures, _ = certificate.verify(tmp_path / "model")
     assert any("cannot be reloaded with" in failure for failure in failures)
-    empty = content_of(exported / "llama-model") | {"expected": {}}
-    for content in ("{", '{"version": 1}', '{"version": 2}', "[]", '{"version": 2, "failures": {}}', json.dumps(empty)):
+    whole = content_of(exported / "llama-model")
+    wrong = ({}, whole["expected"] | {"rows": 3}, whole["expected"] | {"generation": []})
+    damaged = [json.dumps(whole | {"expected": expected}) for expected in wrong]
+    for content in ("{", '{"version": 1}', '{"version": 2}', "[]", '{"version": 2, "failures": {}}', *damaged):
         (tmp_path / "model" / "certificate.json").write_text(content)
         with pytest.raises(UserError, match=r"damaged or of another version"):
             certificate.verify(tmp_path / "model")
@@ -303,6 +305,16 @@ def test_what_cannot_be_verified_is_refused(exported: Path, tmp_path: Path, fres
         (tmp_path / "model" / "tsumugu.json").write_text(content)
         with pytest.raises(UserError, match=r"tsumugu.json is damaged"):
             export(str(exported / "llama"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("positions", [16, 64])
+def test_a_model_of_few_learned_positions_passes(positions: int, tokenizer_folder: Path, tmp_path: Path):
+    config = tiny_config("gpt2", True, vocab_size=read_contract(tokenizer_folder).vocab_size, n_positions=positions)
+    config.save_pretrained(tmp_path / "config")
+    torch.save(stock_model(config, seed=1).state_dict(), tmp_path / "model.pt")
+    assert export_state_dict(
+        tmp_path / "model.pt", str(tmp_path / "config"), tmp_path / "out", "float32", tokenizer_folder
+    )
 
 
 def test_a_run_that_never_trained_is_said_to_be_so(exported: Path, runs: Path, capsys):

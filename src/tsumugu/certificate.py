@@ -63,8 +63,11 @@ Read = Callable[[str], torch.Tensor]  # a name in memory → the whole tensor, i
 # Of a certificate, what is read again.
 _PARTS = {"failures": list, "verified": list, "expected": dict, "sample": dict, "tensors": dict}
 _PARTS |= {"files": dict, "origin": dict}
-_EXPECTED = {"dtype", "rows", "losses", "largest_logit", "tied", "buffers", "config", "adapter", "texts", "golden"}
-_EXPECTED |= {"decoded", "default", "vocabulary", "tokenizer_json", "conversations", "prompts", "special", "generation"}
+_EXPECTED: dict[str, Any] = {"dtype": str, "largest_logit": float, "vocabulary": str, "tokenizer_json": str}
+_EXPECTED |= {"tied": bool, "adapter": bool, "generation": dict | None}
+_EXPECTED |= dict.fromkeys(("buffers", "config", "special"), dict)
+_EXPECTED |= dict.fromkeys(("rows", "losses", "texts", "golden", "decoded", "default"), list)
+_EXPECTED |= dict.fromkeys(("conversations", "prompts", "stops"), list)
 
 
 class ReloadError(Exception):
@@ -188,7 +191,8 @@ def read(folder: Path) -> dict:
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         whole = content["version"] == VERSION and all(isinstance(content[key], kind) for key, kind in _PARTS.items())
-        if whole and content["expected"].keys() >= _EXPECTED | {"stops"}:
+        expected = content["expected"]
+        if whole and all(isinstance(expected[key], kind) for key, kind in _EXPECTED.items()):
             return content
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no {FILE}", "only folders of `tsumugu export` can be verified") from None

@@ -266,9 +266,9 @@ class Prompts:
         try:
             with quiet():
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
+            raise UserError(f"the tokenizer of {folder} cannot be loaded: {reason}", "export it anew") from None
         known = template or origin.get("template")
         self.template = find_template(known, folder) if known and known != "none" else None
         self.add_bos: bool | None = origin.get("add_bos")  # None: as the tokenizer itself does

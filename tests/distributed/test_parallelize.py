@@ -15,6 +15,7 @@ from tsumugu.config import ParallelConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import _storages, reshard
+from tsumugu.errors import UserError
 from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import build
 
@@ -152,3 +153,8 @@ def test_what_is_moved_for_backward_does_not_take_the_sums_of_gradients_along(
         forward(hidden).sum().backward()
     assert moved
     torch.testing.assert_close(held.total, expected)
+
+
+def test_a_model_without_linear_layers_does_not_train_in_fp8_without_a_word():
+    with pytest.raises(UserError, match=r"parallel\.fp8 is tensorwise, but GPT2Block has no linear layer"):
+        built(architecture="gpt2", fp8="tensorwise")

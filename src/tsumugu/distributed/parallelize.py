@@ -58,8 +58,8 @@ def parallelize(
         config: With nothing left to decide (see `distributed.paths`).
 
     Raises:
-        UserError: The model cannot be split by parallel.tensor_degree, or recomputation would draw another dropout
-            than forward did.
+        UserError: The model cannot be split by parallel.tensor_degree, has nothing that parallel.fp8 multiplies, or
+            recomputation would draw another dropout than forward did.
     """
     budget = config.activation_memory_budget  # torch knows it as a setting of the whole process
     functorch.activation_memory_budget = 1.0 if budget is None else budget
@@ -100,10 +100,15 @@ def parallelize(
 
 
 def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-
-    def fits(module: nn.Module, name: str) -> bool:
+    def fits(module: nn.Module, name: str = "") -> bool:
         return isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
+
+    if not any(map(fits, layer.modules())):  # such as GPT-2's, which are Conv1D
+        raise UserError(
+            f"parallel.fp8 is {recipe}, but {type(layer).__name__} has no linear layer of sizes that 16 divides",
+            "leave it out",
+        )
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=fits)
 

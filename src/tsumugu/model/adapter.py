@@ -100,7 +100,9 @@ def _check_whole(model: Any, folder: Path) -> None:
 
     stored = load_peft_weights(str(folder), device="cpu")
     if missing := sorted(get_peft_model_state_dict(model, save_embedding_layers=False).keys() - stored.keys()):
-        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}", "put the base model of these adapters there")
+        raise UserError(
+            f"{folder} lacks weights: {', '.join(missing[:3])}", "put the base model of these adapters there"
+        )
 
 
 def weights_sha256(folder: Path) -> str:
