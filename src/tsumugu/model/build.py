@@ -7,6 +7,7 @@ with the oldest and the newest transformers that the package allows.
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import pickle
 import zipfile
@@ -206,6 +207,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that transformers names as not to be split: the decoder layers."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the forward pass of a model has an argument for positions."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -53,6 +53,27 @@ def sum_losses(model: PreTrainedModel, device: torch.device, dtype: torch.dtype)
     return reason
 
 
+def is_last(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether the logits of a model of fake tensors are its head's output, untouched: what `sum_losses` tries out."""
+    seen: list[torch.Tensor] = []
+    head: Any = model.get_output_embeddings()
+    base: Any = model.base_model
+    if base is model or type(head) is not nn.Linear:
+        return False
+    stub, own = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype)), base.__dict__
+    hook, forward = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))), own.get("forward")
+    base.forward = lambda *args, **kwargs: stub
+    try:
+        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
+    finally:
+        hook.remove()
+        del base.forward
+        if forward is not None:
+            base.forward = forward
+    shared = [seen[0], stub.last_hidden_state], [seen[1], logits]
+    return len(seen) == 2 and all(one.untyped_storage() is other.untyped_storage() for one, other in shared)
+
+
 class _HiddenStates(BaseModelOutputWithPastAndCrossAttentions):
     """What a decoder stack returns, of which nothing but hidden states is there."""
 
