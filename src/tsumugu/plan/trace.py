@@ -35,7 +35,8 @@ from tsumugu.training.loss import summed_loss
 _BLOCK = 512  # bytes: torch's allocator for CUDA rounds every request up to a multiple
 
 
-Work = tuple[tuple[int, int], ...]
+Work = tuple[tuple[str, int, int], ...]
+"""Kernels: what they are (matrix, attention or memory), FLOPs, and bytes that they read and write."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Layer:
             gradients of its weights as far as they are there.
         gradients: Of its weights, as backward hands them on.
         output: Of its hidden states.
-        forward_work: (FLOPs, bytes read and written) of every kernel of forward.
-        backward_work: Of backward, with what is computed again.
+        forward_work: The kernels of forward.
+        backward_work: Those of backward, with what is computed again.
     """
 
     forward: int
@@ -103,7 +104,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, rounded: bool, on_cuda: bool):
         super().__init__()
         self.live, self.peak = 0, 0
-        self.work: list[tuple[int, int]] = []
+        self.work: list[tuple[str, int, int]] = []
         self._rounded, self._on_cuda = rounded, on_cuda
         self._known: dict[int, weakref.ref] = {}
 
@@ -118,7 +119,8 @@ class Tracker(TorchDispatchMode):
         if not _is_view(func):
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             moved = sum(value.nbytes for value in (*read, *values))
-            self.work.append((flops_of(func, args, kwargs, outputs), moved))
+            if moved:
+                self.work.append((*kind_and_flops(func, args, kwargs, outputs), moved))
         return outputs
 
     def reset(self) -> tuple[int, Work]:
@@ -162,27 +164,27 @@ def workspace(operation: Any, args: Sequence[Any]) -> int:
     return 0
 
 
-def flops_of(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Any) -> int:
-    """Floating-point operations of an operator: matrix products, and attention without what causal masks leave out."""
+def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], outputs: Any) -> tuple[str, int]:
+    """What an operator is, and its floating-point operations: those of matrix products, and of attention without what
+    a causal mask leaves out."""
     name = operation.name() if hasattr(operation, "name") else str(operation)
     base = name.partition("::")[2].partition(".")[0]
     if "attention" in base or "_varlen_attn" in base:
-        backward = "backward" in base
+        backward, varlen = "backward" in base, "varlen" in base
         query, key = (_value(args[index]) for index in ((1, 2) if backward else (0, 1)))
-        *_, tokens, size = query.shape if "varlen" not in base else query.transpose(0, 1).shape
-        rows = query.numel() // size
-        keys = key.shape[-2] if "varlen" not in base else key.shape[0]
+        tokens, keys = (value.shape[0 if varlen else -2] for value in (query, key))
         causal = 0.5 if tokens == keys else 1.0
-        return int(4 * rows * keys * size * causal * (2.5 if backward else 1))
+        # two products forward; backward five, as flash attention computes the first one again
+        return "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
     if base == "wide_product_":
-        return 2 * _value(args[0]).numel() * _value(args[2]).shape[0]
+        return "matrix", 2 * args[0].numel() * args[2].shape[0]
     if base == "nf4_product":
-        return 2 * _value(args[0]).numel() * _value(args[1]).shape[0]
+        return "matrix", 2 * args[0].numel() * args[1].shape[0]
     if base == "nf4_gradient":
-        return 2 * outputs.numel() * _value(args[0]).shape[-1]
+        return "matrix", 2 * outputs.numel() * args[0].shape[-1]
     if count := flop_registry.get(getattr(operation, "_overloadpacket", None)):
-        return count(*args, **kwargs, out_val=outputs)
-    return 0
+        return "matrix", count(*args, **kwargs, out_val=outputs)
+    return "memory", 0
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -636,14 +638,13 @@ class _Graph:
         return most
 
     def work(self) -> Work:
-        """FLOPs and bytes read and written of every kernel."""
-        return tuple(
-            (
-                flops_of(node.target, _values(node.args), _values(node.kwargs), node.meta.get("val")),
-                sum(map(self.bytes, (*self._reads[node], *self._made[node]))),
-            )
-            for node in self._executed
-        )
+        """The kernels."""
+        found = []
+        for node in self._executed:
+            moved = sum(map(self.bytes, (*self._reads[node], *self._made[node])))
+            args, kwargs = _values(node.args), _values(node.kwargs)
+            found.append((*kind_and_flops(node.target, args, kwargs, node.meta.get("val")), moved))
+        return tuple(found)
 
 
 def _values(arguments: Any) -> Any:
