@@ -248,7 +248,9 @@ def show(cases: list[str], out: Path) -> None:
     """The Markdown table."""
     predictions = out / "predictions.json"
     predicted = json.loads(predictions.read_text()) if predictions.exists() else {}
-    print("\n| case | rows × tokens | predicted GiB | measured GiB | error | held GiB | tokens/s, predicted | tokens/s | error |")
+    print(
+        "\n| case | rows × tokens | predicted GiB | measured GiB | error | held GiB | tokens/s, predicted | tokens/s | error |"
+    )
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for case in cases:
         file, of_plan = out / file_name(case), predicted.get(case, {})

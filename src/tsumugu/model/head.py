@@ -61,7 +61,10 @@ def is_last(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     if base is model or type(head) is not nn.Linear:
         return False
     stub, own = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype)), base.__dict__
-    hook, forward = head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))), own.get("forward")
+    hook, forward = (
+        head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))),
+        own.get("forward"),
+    )
     base.forward = lambda *args, **kwargs: stub
     try:
         logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits

@@ -19,6 +19,7 @@ from tsumugu.config import ParallelConfig, TrainingRun
 from tsumugu.distributed import mesh, paths
 from tsumugu.errors import UserError
 from tsumugu.kernels import has_triton, masters
+from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.plan import trace
 
@@ -77,8 +78,9 @@ def set_up(run: TrainingRun, model_config: PretrainedConfig, device: paths.Devic
     Raises:
         UserError: The configuration cannot run on so many processes, or on such a device.
     """
-    if run.parallel.tensor_degree > 1:
-        raise UserError("plan does not know parallel.tensor_degree above 1", "set it to 1 to plan without it")
+    for key, is_set in (("tensor_degree", run.parallel.tensor_degree > 1), ("fp8", bool(run.parallel.fp8))):
+        if is_set:
+            raise UserError(f"plan does not know parallel.{key}", "leave it out to plan without it")
     degrees = mesh.degrees(run.parallel, processes)
     dtype = paths.compute_dtype(run.train.dtype, device)
     weight_bytes = build.weight_bytes(model_config, build.DTYPES[dtype], run.model.lora.quantize)
@@ -140,6 +142,10 @@ def trace_model(setup: Setup, micro_batch: int) -> Traces:
         with lora.unwrapped(model):
             model.tie_weights()
         model.train()
+        if setup.has_split_masters:
+            sums = {p: Sum(torch.empty_like(p, dtype=torch.float32), torch.tensor(False)) for p in model.parameters()}
+            for layer in layers:
+                sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
         inputs = _inputs(model, setup, micro_batch)
         labels = torch.zeros(micro_batch, run.data.sequence_length, dtype=torch.int64)
         chunked = parallel.chunked_loss is not False and head.is_last(model, setup.dtype)
@@ -204,8 +210,10 @@ def _inputs(model: PreTrainedModel, setup: Setup, micro_batch: int) -> dict[str,
     inputs: dict[str, Any] = {"input_ids": torch.zeros(micro_batch, length, dtype=torch.int64), "use_cache": False}
     if build.takes_positions(model):
         inputs["position_ids"] = torch.zeros(micro_batch, length, dtype=torch.int64)
-    if data.documents_apart and setup.on_cuda and not attention.no_varlen(
-        model, setup.dtype, "cuda", setup.device.capability
+    if (
+        data.documents_apart
+        and setup.on_cuda
+        and not attention.no_varlen(model, setup.dtype, "cuda", setup.device.capability)
     ):
         model.set_attn_implementation(attention.VARLEN)
         ends = torch.zeros(micro_batch + 1, dtype=torch.int32)
@@ -358,9 +366,7 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
         if stays_gathered:
             walk.add("gathered", whole[index])
         before = buffer[index]
-    walk.see(
-        activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0
-    )
+    walk.see(activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0)
     prefetched = 0 if stays_gathered else buffer[-1]
     walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=prefetched)
     left = max(0, root.left - root.entered)

@@ -114,7 +114,7 @@ class Tracker(TorchDispatchMode):
         values = [value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
         for value in values:
             self._see(value.untyped_storage())
-        extra = workspace(func, args) if self._on_cuda else 0
+        extra = workspace(func, args, self._on_cuda)
         self.peak = max(self.peak, self.live + extra)
         if not _is_view(func):
             read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
@@ -143,14 +143,18 @@ class Tracker(TorchDispatchMode):
         self.live += size
 
 
-def workspace(operation: Any, args: Sequence[Any]) -> int:
-    """Bytes that an operator allocates and frees again on CUDA.
+def workspace(operation: Any, args: Sequence[Any], on_cuda: bool) -> int:
+    """Bytes that an operator allocates and frees again, as far as torch does not see them.
 
-    The backward pass of flash attention sums the gradient of the queries in float32 (flash attention 2,
+    On CUDA, the backward pass of flash attention sums the gradient of the queries in float32 (flash attention 2,
     `dq_accum`, with sequence and head size rounded up to 128 and 32), and keeps a row sum a query; of NF4, the weight is
     multiplied out.
     """
     name = operation.name() if hasattr(operation, "name") else str(operation)
+    if "tsumugu::linear_backward" in name:
+        return 0 if on_cuda else 4 * sum(_value(value).numel() for value in args[:2])  # in float32, which adds exactly
+    if not on_cuda:
+        return 0
     if "nf4_product" in name or "nf4_gradient" in name:
         values, codes = args[0], args[1]
         return 2 * _size(codes) * _value(values).element_size()
@@ -178,6 +182,8 @@ def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], 
         return "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
     if base == "wide_product_":
         return "matrix", 2 * args[0].numel() * args[2].shape[0]
+    if base == "linear_backward":
+        return "matrix", 4 * args[0].numel() * args[1].shape[-1]
     if base == "nf4_product":
         return "matrix", 2 * args[0].numel() * args[1].shape[0]
     if base == "nf4_gradient":
@@ -223,12 +229,12 @@ def kernels_of_cuda() -> Iterator[None]:
         else:  # no copies: cuBLAS sums in float32
             torch.ops.tsumugu.wide_product_(total, gradient, rows)
 
-    own = cross_entropy._differentiated, cross_entropy._add_product
-    cross_entropy._differentiated, cross_entropy._add_product = differentiated, add_product
+    own = cross_entropy._differentiated, cross_entropy.add_product
+    cross_entropy._differentiated, cross_entropy.add_product = differentiated, add_product
     try:
         yield
     finally:
-        cross_entropy._differentiated, cross_entropy._add_product = own
+        cross_entropy._differentiated, cross_entropy.add_product = own
 
 
 @torch.library.custom_op("tsumugu::wide_product_", mutates_args=("total",))
@@ -350,7 +356,11 @@ def trace_root(
         layers[0].forward, layers[-1].forward = entered, last
         if len(layers) == 1:
             layers[0].forward = last
-        with tracker, kernels_of_cuda() if on_cuda else contextlib.nullcontext(), gradients_go(parameters, keeps_gradients):
+        with (
+            tracker,
+            kernels_of_cuda() if on_cuda else contextlib.nullcontext(),
+            gradients_go(parameters, keeps_gradients),
+        ):
             if chunked:
                 head: Any = model.get_output_embeddings()
                 hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
@@ -630,7 +640,7 @@ class _Graph:
             reused = 0
             if _fuses(node):  # such a kernel may write over what it is the last to read
                 reused = sum(size for size in made.values() if size in dying.values())
-            extra = workspace(node.target, node.args) if self._on_cuda else 0
+            extra = workspace(node.target, node.args, self._on_cuda)
             most = max(most, sum(live.values()) + sum(made.values()) - reused + extra)
             live |= made
             for key in [*dying, *(b for b in made if b not in last and b not in stays)]:
