@@ -7,8 +7,11 @@ them needs while it is computed. The greatest sum is the peak. What FSDP2 holds 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from tsumugu.errors import UserError
 from tsumugu.kernels import has_triton, masters
 from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
+from tsumugu.model.flops import flops
 from tsumugu.plan import trace
 
 PARTS = ("weights", "masters", "gradients", "moments", "activations", "logits", "gathered", "workspace")
@@ -118,6 +122,7 @@ class Traces:
         layer_weights: Of every layer.
         buffers: Bytes of the model's buffers.
         chunked: Whether head and loss go in chunks.
+        flops_of_row: Of a row in forward and backward, by the design's convention (see `model.flops`).
     """
 
     root: trace.Root
@@ -126,6 +131,7 @@ class Traces:
     layer_weights: list[list[Weight]]
     buffers: int
     chunked: bool
+    flops_of_row: int
 
 
 def trace_model(setup: Setup, micro_batch: int) -> Traces:
@@ -170,6 +176,7 @@ def trace_model(setup: Setup, micro_batch: int) -> Traces:
         layer_weights=[[_weight(p) for p in layer.parameters()] for layer in layers],
         buffers=sum(buffer.nbytes for buffer in model.buffers()),
         chunked=chunked,
+        flops_of_row=flops(model, run.data.sequence_length, run.data.sequence_length**2),
     )
 
 
@@ -398,7 +405,65 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
     walk.see()
 
 
+def margin(setup: Setup, parts: dict[str, int]) -> int:
+    """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
+    and NCCL take beside it (see data/margins.json for where the shares were measured)."""
+    if not setup.on_cuda:
+        return 0
+    shares = _margins()
+    comes_and_goes = parts["activations"] + parts["logits"] + parts["gathered"] + parts["workspace"]
+    beside = shares["cuda_mib"] + (shares["nccl_mib"] if setup.processes > 1 else 0)
+    return round(comes_and_goes * shares["fragments"]) + beside * MIB
+
+
+@functools.cache
+def _margins() -> dict[str, Any]:
+    return json.loads(resources.files("tsumugu.plan").joinpath("data/margins.json").read_text(encoding="utf-8"))
+
+
 def with_micro_batch(setup: Setup, micro_batch: int) -> Setup:
     """The same run with another micro batch."""
     train = dataclasses.replace(setup.run.train, micro_batch_size=micro_batch)
     return dataclasses.replace(setup, run=dataclasses.replace(setup.run, train=train))
+
+
+def with_shard_degree(setup: Setup, degree: int) -> Setup:
+    """The same run with its parameters over so many devices."""
+    degrees = {"replicate": setup.processes // degree, "shard": degree}
+    return dataclasses.replace(setup, degrees=degrees)
+
+
+def with_parallel(setup: Setup, **changes: Any) -> Setup:
+    """The same run with another section `parallel`."""
+    parallel = dataclasses.replace(setup.run.parallel, **changes)
+    run = dataclasses.replace(setup.run, parallel=parallel)
+    return set_up(run, setup.model_config, setup.device, setup.processes)
+
+
+def scaled(traces: Traces, micro_batch: int, to: int) -> Traces:
+    """About what `trace_model` would say of another micro batch, if everything grew with it."""
+    return _each(traces, lambda value: value * to // micro_batch)
+
+
+def between(first: Traces, at: int, second: Traces, other: int, to: int) -> Traces:
+    """What lies on the line through the traces of two micro batches."""
+
+    def both(one: Any, two: Any) -> Any:
+        values = {
+            name: value + (getattr(two, name) - value) * (to - at) // (other - at)
+            for name, value in vars(one).items()
+            if isinstance(value, int)
+        }
+        return dataclasses.replace(one, **values)
+
+    layers = [both(one, two) for one, two in zip(first.layers, second.layers, strict=True)]
+    return dataclasses.replace(first, root=both(first.root, second.root), layers=layers)
+
+
+def _each(traces: Traces, change: Callable[[int], int]) -> Traces:
+    def of(one: Any) -> Any:
+        return dataclasses.replace(
+            one, **{name: change(value) for name, value in vars(one).items() if isinstance(value, int)}
+        )
+
+    return dataclasses.replace(traces, root=of(traces.root), layers=[of(layer) for layer in traces.layers])
