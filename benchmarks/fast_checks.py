@@ -75,7 +75,7 @@ def check_masters() -> None:
         total, gradients = torch.full_like(master, torch.nan), torch.randn(2, size, device="cuda").bfloat16()
         for index in (0, 1):
             triton_kernels.accumulate(total, gradients[index], index == 0)
-        check(f"accumulated, {size}", (total - gradients[0].float() - gradients[1].float()).abs().max().item(), 0)
+        check(f"accumulated, {size}", (total - (gradients[0].float() + gradients[1].float())).abs().max().item(), 0)
 
 
 def check_head() -> None:
@@ -108,8 +108,10 @@ def check_head() -> None:
             for what, found, wanted, theirs in zip(
                 ("hidden states", "weight"), (states.grad, weight.grad), exact, whole, strict=False
             ):
-                # 16 bits alone are off by 2^-9 at most, and torch's own way rounds as well
-                check(f"{name}: d {what} (torch: {apart(theirs, wanted):.2g})", apart(found, wanted), 2.5e-3)
+                # the weight's is in float32; that of hidden states is rounded to 16 bits twice, as torch's own is
+                of_torch = apart(theirs, wanted)
+                allowed = 1e-3 if what == "weight" and tokens > 1000 else 1.3 * of_torch
+                check(f"{name}: d {what} (torch: {of_torch:.2g})", apart(found, wanted), allowed)
         cross_entropy.LOGITS_AT_A_TIME = 2**27
     weight = torch.zeros(1000, 64, device="cuda")
     cross_entropy.add_product(
