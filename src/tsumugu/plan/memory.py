@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib import resources
 from typing import Any
 
@@ -134,15 +135,39 @@ class Traces:
     flops_of_row: int
 
 
-def trace_model(setup: Setup, micro_batch: int) -> Traces:
-    """Traces the model of a run for micro batches of a size. Layers that are alike are traced once."""
+_traced: dict[str, Traces] = {}
+
+
+def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None = None) -> Traces:
+    """Traces the model of a run for micro batches of a size. Layers that are alike are traced once.
+
+    Args:
+        setup: The run; what makes no difference to the traces, such as the number of devices, may be another one.
+        micro_batch: Rows.
+        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again.
+    """
+    keeps = _keeps_gradients(setup, micro_batch)
+    parallel = dataclasses.replace(setup.parallel, shard_degree=None, replicate_degree=None, reshard_after_forward="auto")
+    what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
+    key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
+    if key not in _traced:
+        _traced[key] = _trace_model(setup, micro_batch, keeps, like)
+    return _traced[key]
+
+
+def _keeps_gradients(setup: Setup, micro_batch: int) -> bool:
+    """Whether the gradients of weights are held by themselves after a micro batch."""
+    if setup.parallel.fsdp is not False:
+        return True
+    return not setup.has_split_masters and setup.micro_batches(micro_batch) == 1
+
+
+def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces, int] | None) -> Traces:
     run, parallel = setup.run, setup.parallel
     model = build.meta_model(setup.model_config, setup.dtype)
     layers = build.decoder_layers(model)
     if run.model.lora.rank is not None:
         _adapt(model, layers, run, setup.dtype)
-    fsdp_keeps = parallel.fsdp is not False
-    keeps = fsdp_keeps or (not setup.has_split_masters and setup.micro_batches(micro_batch) == 1)
     with trace.fake():
         model.to_empty(device="cpu")
         with lora.unwrapped(model):
@@ -163,7 +188,10 @@ def trace_model(setup: Setup, micro_batch: int) -> Traces:
         for index, layer in enumerate(layers):
             again = index % parallel.checkpoint_every_nth_layer == 0
             key = (again, *_likeness(layer))
-            if key not in known:
+            graphs = like[0].layers[index].graphs if like else None
+            if key not in known and graphs and like:
+                known[key] = graphs.at(Fraction(micro_batch, like[1]))
+            elif key not in known:
                 known[key] = trace.trace_layer(
                     layer, call, parallel, again=again, keeps_gradients=keeps, on_cuda=setup.on_cuda
                 )
@@ -440,11 +468,6 @@ def with_parallel(setup: Setup, **changes: Any) -> Setup:
     return set_up(run, setup.model_config, setup.device, setup.processes)
 
 
-def scaled(traces: Traces, micro_batch: int, to: int) -> Traces:
-    """About what `trace_model` would say of another micro batch, if everything grew with it."""
-    return _each(traces, lambda value: value * to // micro_batch)
-
-
 def between(first: Traces, at: int, second: Traces, other: int, to: int) -> Traces:
     """What lies on the line through the traces of two micro batches."""
 
@@ -458,12 +481,3 @@ def between(first: Traces, at: int, second: Traces, other: int, to: int) -> Trac
 
     layers = [both(one, two) for one, two in zip(first.layers, second.layers, strict=True)]
     return dataclasses.replace(first, root=both(first.root, second.root), layers=layers)
-
-
-def _each(traces: Traces, change: Callable[[int], int]) -> Traces:
-    def of(one: Any) -> Any:
-        return dataclasses.replace(
-            one, **{name: change(value) for name, value in vars(one).items() if isinstance(value, int)}
-        )
-
-    return dataclasses.replace(traces, root=of(traces.root), layers=[of(layer) for layer in traces.layers])

@@ -187,21 +187,29 @@ def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:
 def _largest_micro_batch(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> int:
     """The largest that fits, up to what a step has for each process.
 
-    What layers keep and need grows evenly with the rows; two traces tell how.
+    What the model keeps and needs grows evenly with the rows; two traces tell how.
     """
     rows = setup.run.train.micro_batch_size
     most = max(1, setup.run.train.global_batch_size // setup.processes)
 
-    def guess(size: int, first: memory.Traces, second: memory.Traces | None = None, at: int = 0) -> bool:
-        scaled = memory.scaled(first, rows, size) if second is None else memory.between(first, rows, second, at, size)
-        return _fits(cluster, _parts(memory.with_micro_batch(setup, size), scaled, size))
+    if cluster.gpu.memory is None:
+        return most
 
-    if cluster.gpu.memory is None or most == rows == 1:
-        return most if guess(most, traces) else 0
-    near = next((size for size in range(most, 0, -1) if size != rows and guess(size, traces)), 0)
-    other = near or (1 if rows > 1 else 2)
-    second = memory.trace_model(memory.with_micro_batch(setup, other), other)
-    return next((size for size in range(most, 0, -1) if guess(size, traces, second, other)), 0)
+    def needs(size: int, second: memory.Traces, other: int) -> bool:
+        line = memory.between(traces, rows, second, other, size)
+        return _fits(cluster, _parts(memory.with_micro_batch(setup, size), line, size))
+
+    other = 2 * rows
+    for _ in range(2):  # once from afar, then from where the answer seems to be
+        second = memory.trace_model(memory.with_micro_batch(setup, other), other, (traces, rows))
+        low, high = 0, most  # the largest that fits lies between them
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if needs(middle, second, other) else (low, middle - 1)
+        if low in (0, rows, other):
+            break
+        other = low
+    return low
 
 
 def _smallest_shard_degree(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> int | None:

@@ -13,8 +13,9 @@ own, or tsumugu's kernels need none, that is known here by name.
 import contextlib
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -53,6 +54,7 @@ class Layer:
         output: Of its hidden states.
         forward_work: The kernels of forward.
         backward_work: Those of backward, with what is computed again.
+        graphs: Of a compiled layer.
     """
 
     forward: int
@@ -63,6 +65,7 @@ class Layer:
     output: int
     forward_work: Work
     backward_work: Work
+    graphs: "Graphs | None" = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -494,7 +497,7 @@ def _trace_compiled(
     first, second = _graphs(forward, call, config.activation_memory_budget)
     for parameter in parameters:
         parameter.grad = None
-    return _of_graphs(first, second, call, sum(p.nbytes for p in parameters), on_cuda)
+    return _of_graphs(first, second, call, sum(p.nbytes for p in parameters), on_cuda, Fraction(1))
 
 
 def _graphs(forward: Callable, call: Call, budget: float | None) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -522,7 +525,24 @@ def _graphs(forward: Callable, call: Call, budget: float | None) -> tuple[fx.Gra
     return found[0], found[1]
 
 
-def _of_graphs(first: fx.GraphModule, second: fx.GraphModule, call: Call, gradients: int, on_cuda: bool) -> Layer:
+@dataclass(frozen=True)
+class Graphs:
+    """A compiled layer's graphs of forward and backward, and how they were called."""
+
+    first: fx.GraphModule
+    second: fx.GraphModule
+    call: Call
+    gradients: int
+    on_cuda: bool
+
+    def at(self, scale: Fraction) -> "Layer":
+        """The layer for micro batches so many times as large; all but weights and their gradients grows with them."""
+        return _of_graphs(self.first, self.second, self.call, self.gradients, self.on_cuda, scale)
+
+
+def _of_graphs(
+    first: fx.GraphModule, second: fx.GraphModule, call: Call, gradients: int, on_cuda: bool, scale: Fraction
+) -> Layer:
     """Bytes of a compiled layer.
 
     Args:
@@ -531,8 +551,10 @@ def _of_graphs(first: fx.GraphModule, second: fx.GraphModule, call: Call, gradie
         call: Of the layer.
         gradients: Bytes of its weights' gradients.
         on_cuda: As for `trace_layer`.
+        scale: Of the micro batch, relative to that of the graphs.
     """
-    forward, backward = _Graph(first, on_cuda), _Graph(second, on_cuda)
+    forward, backward = _Graph(first, on_cuda, scale), _Graph(second, on_cuda, scale)
+    backward.fixed = {backward.buffer(node) for node in backward.outputs if not _is_hidden(node, call)}
     by_name = {node.name: node for node in first.graph.nodes}
     hidden = [node for node in forward.placeholders if _is_hidden(node, call)]
     there = {node for node in forward.placeholders if node not in hidden}
@@ -556,6 +578,7 @@ def _of_graphs(first: fx.GraphModule, second: fx.GraphModule, call: Call, gradie
         output=forward.bytes(forward.buffer(forward.outputs[0])),
         forward_work=forward.work(),
         backward_work=backward.work(),
+        graphs=Graphs(first, second, call, gradients, on_cuda),
     )
 
 
@@ -567,9 +590,12 @@ def _is_hidden(node: fx.Node, call: Call) -> bool:
 class _Graph:
     """A graph of forward or backward, seen as the kernels that inductor makes of it: buffers, and who reads them."""
 
-    def __init__(self, module: fx.GraphModule, on_cuda: bool):
+    fixed: Collection[fx.Node] = ()
+    """Buffers that do not grow with the micro batch."""
+
+    def __init__(self, module: fx.GraphModule, on_cuda: bool, scale: Fraction):
         nodes = list(module.graph.nodes)
-        self._on_cuda = on_cuda
+        self._on_cuda, self._scale = on_cuda, scale
         self.placeholders = [node for node in nodes if node.op == "placeholder"]
         self.outputs = [node for node in tree_leaves(nodes[-1].args) if isinstance(node, fx.Node)]
         calls = [node for node in nodes if node.op == "call_function"]
@@ -584,8 +610,7 @@ class _Graph:
         for node in calls:
             if node in kernels or (node in in_memory and self.buffer(node) is node and not _is_item(node)):
                 self._executed.append(node)
-                items = [user for user in node.users if user.target is operator.getitem]
-                self._made[node] = items if isinstance(node.meta.get("val"), (tuple, list)) else [node]
+                self._made[node] = _items(node)
         self._in_memory = in_memory | {made for each in self._made.values() for made in each} | set(self.placeholders)
         self._sources: dict[fx.Node, frozenset[fx.Node]] = {}
         self._reads = {
@@ -603,7 +628,9 @@ class _Graph:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return 0
-        size = value.numel() * value.element_size()
+        size = int(value.numel() * value.element_size())
+        if node not in self.fixed:
+            size = int(size * self._scale)
         return -(-size // _BLOCK) * _BLOCK if self._on_cuda else size
 
     def _read_through(self, node: fx.Node) -> frozenset[fx.Node]:
@@ -640,7 +667,7 @@ class _Graph:
             reused = 0
             if _fuses(node):  # such a kernel may write over what it is the last to read
                 reused = sum(size for size in made.values() if size in dying.values())
-            extra = workspace(node.target, node.args, self._on_cuda)
+            extra = int(workspace(*_operation(node), self._on_cuda) * self._scale)
             most = max(most, sum(live.values()) + sum(made.values()) - reused + extra)
             live |= made
             for key in [*dying, *(b for b in made if b not in last and b not in stays)]:
@@ -652,13 +679,32 @@ class _Graph:
         found = []
         for node in self._executed:
             moved = sum(map(self.bytes, (*self._reads[node], *self._made[node])))
-            args, kwargs = _values(node.args), _values(node.kwargs)
-            found.append((*kind_and_flops(node.target, args, kwargs, node.meta.get("val")), moved))
+            operation, args = _operation(node)
+            kind = kind_and_flops(operation, _values(args), _values(node.kwargs), node.meta.get("val"))
+            found.append((*kind, moved))
         return tuple(found)
 
 
 def _values(arguments: Any) -> Any:
     return tree_map(lambda item: item.meta.get("val") if isinstance(item, fx.Node) else item, arguments)
+
+
+def _operation(node: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    """The operator that a node calls, and its arguments, also where a wrapper keeps or sets the state of the random
+    numbers for it."""
+    name = str(node.target)
+    if name == "run_and_save_rng_state":
+        return node.args[0], node.args[1:]
+    if name == "run_with_rng_state":
+        return node.args[1], node.args[2:]
+    return node.target, node.args
+
+
+def _items(node: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for the tensors which a node returns."""
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        return [node]
+    return [item for user in node.users if _is_item(user) for item in _items(user)]
 
 
 def _is_item(node: fx.Node) -> bool:
@@ -697,6 +743,8 @@ def _name(node: fx.Node) -> str:
 def _fuses(node: fx.Node) -> bool:
     """Whether inductor computes an operator inside of kernels that it writes itself."""
     target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
     if not isinstance(target, torch._ops.OpOverload):
         return True  # of sizes and tuples
     return torch.Tag.pointwise in target.tags or target.namespace == "prims" or _name(node) in _FUSED
