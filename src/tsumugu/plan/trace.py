@@ -115,12 +115,14 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
         values = [value for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
+        read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        there = {id(value.untyped_storage()) for value in read}
         for value in values:
-            self._see(value.untyped_storage())
+            if id(value.untyped_storage()) not in there:  # else it is a view, or was written to
+                self._see(value.untyped_storage())
         extra = workspace(func, args, self._on_cuda)
         self.peak = max(self.peak, self.live + extra)
         if not _is_view(func):
-            read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
             moved = sum(value.nbytes for value in (*read, *values))
             if moved:
                 self.work.append((*kind_and_flops(func, args, kwargs, outputs), moved))
