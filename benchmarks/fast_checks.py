@@ -9,6 +9,7 @@ Exit code 1 where something is off.
 """
 
 import copy
+import importlib.util
 import sys
 import tempfile
 import warnings
@@ -177,6 +178,13 @@ def check_runs(folder: Path) -> None:
         if name == "gpt_neox":
             print("\n".join(paths))
         check(f"{name}: losses of {STEPS} steps", float(np.abs(fast / plain - 1).max()), 2e-3)
+        if importlib.util.find_spec("torchao"):
+            for recipe in ("tensorwise", "rowwise"):
+                in_fp8, _, paths = take(run_of(folder, name, parallel__fp8=recipe), folder / f"{name} {recipe}")
+                print(paths[1])
+                check(
+                    f"{name}: losses of {STEPS} steps in fp8, {recipe}", float(np.abs(in_fp8 / plain - 1).max()), 1e-2
+                )
         exact, _, _ = take(run_of(folder, name, train__dtype="float32", parallel__compile=False), folder / f"{name} 32")
         distances = [f"{np.abs(losses / exact - 1).max():.2g}" for losses in (plain, fast)]
         print(f"       from float32: fsdp {distances[0]}, fast {distances[1]}")

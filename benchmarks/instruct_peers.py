@@ -182,8 +182,8 @@ def of_trl(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, 
     )
     model = model_of(arguments)
     if torch.cuda.is_available():
-        AttentionInterface.register("flash_of_torch", varlen)
-        model.set_attn_implementation("flash_of_torch")
+        AttentionInterface.register("varlen_of_torch", varlen)
+        model.set_attn_implementation("varlen_of_torch")
     mean = sum(len(row["input_ids"]) for row in data) / len(data)
     clock, rows = Clock(6, arguments.seconds), max(1, round(PADDED_BATCH * mean / LENGTH))
     filled = [0, 0]

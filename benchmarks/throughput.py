@@ -22,7 +22,8 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
     masks=1     transformers looks for masks, and the host waits for the device
     attention=  flash | cudnn: that kernel alone
     inductor=X  a switch of torch._inductor.config that is turned on, such as max_autotune_gemm
-    liger=1     hf: with Liger's kernels, where they are installed and know the model
+    liger=1     hf: with Liger's kernels, where they are installed and know the model, and without torch.compile, which
+                fails on them (torch 2.11, Liger 0.8.5)
 
 MFU is by the design's convention (`model.flops`). Milliseconds are of a micro batch's forward and backward pass and of
 what comes after the last (norm, clipping, optimizer), by CUDA events. --out keeps every row's JSON and log, in which
@@ -258,7 +259,7 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
         args=TrainingArguments(
             output_dir=str(arguments.out / "hf"), max_steps=steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=MICRO_BATCHES, bf16=torch.cuda.is_available(),
-            torch_compile=torch.cuda.is_available(), optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
+            torch_compile=torch.cuda.is_available() and options.get("liger") != "1", optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
             adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
             save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
             gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",

@@ -590,7 +590,9 @@ class ParallelConfig:
         if budget is not None and not 0 <= budget <= 1:
             raise UserError(f"parallel.activation_memory_budget is {budget}", "use a number from 0 to 1")
         if self.tensor_degree > 1 and self.fp8:
-            raise UserError("parallel.fp8 does not know layers split by parallel.tensor_degree", "leave one of them out")
+            raise UserError(
+                "parallel.fp8 does not know layers split by parallel.tensor_degree", "leave one of them out"
+            )
         if self.tensor_degree > 1 and self.offload_activations:
             raise UserError(
                 "parallel.offload_activations cannot move what a model split by tensor_degree keeps",
@@ -702,7 +704,9 @@ class TrainingRun:
                 "set parallel.tensor_degree to 1; adapters and frozen weights are sharded by parallel.shard_degree",
             )
         if self.parallel.fp8 and self.model.lora.rank is not None:
-            raise UserError("parallel.fp8 is set beside model.lora, whose frozen weights it does not serve", "leave it out")
+            raise UserError(
+                "parallel.fp8 is set beside model.lora, whose frozen weights it does not serve", "leave it out"
+            )
         if self.parallel.fp8 and self.data.packing in ("pad_left", "pad_right"):
             raise UserError(
                 f"parallel.fp8 needs rows of one length, which data.packing {self.data.packing} does not make",

@@ -52,7 +52,9 @@ def test_sums_are_those_of_exact_gradients(dtype: torch.dtype, way: str, inputs_
     model = Layers().to(dtype)
     exact = copy.deepcopy(model).double()
     sums = {
-        block.get_parameter(name): Sum(torch.full_like(block.get_parameter(name), torch.nan).float(), torch.tensor(False))
+        block.get_parameter(name): Sum(
+            torch.full_like(block.get_parameter(name), torch.nan).float(), torch.tensor(False)
+        )
         for block in model.blocks
         for name in ("up.weight", "down.weight")
     }

@@ -117,7 +117,9 @@ def cases() -> list[Case]:
     ]
     found = sorted(dict.fromkeys(every + few), key=lambda case: (case.compiled, case.model, case.packing, case))
     number, _, parts = part.partition("/")
-    return found[len(found) * int(number) // int(parts) : len(found) * (int(number) + 1) // int(parts)] if part else found
+    return (
+        found[len(found) * int(number) // int(parts) : len(found) * (int(number) + 1) // int(parts)] if part else found
+    )
 
 
 CASES = cases()

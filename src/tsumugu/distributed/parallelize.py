@@ -104,9 +104,7 @@ def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
 
-    convert_to_float8_training(
-        layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=fits
-    )
+    convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=fits)
 
 
 def _check_dropout(config: ParallelConfig) -> None:

@@ -208,9 +208,9 @@ def _why_attention(attention: str, dtype: str, device: Device) -> str:
         return "the CPU's fused kernel where no row is padded, else the plain one"
     if dtype in ("bfloat16", "float16") and device.capability >= BFLOAT16_SINCE:
         return (
-            f"{dtype} and compute capability {_version(BFLOAT16_SINCE)} or more: flash attention where no row is padded"
+            f"{dtype} and compute capability {_version(BFLOAT16_SINCE)} or more: fused attention where no row is padded"
         )
-    return f"no flash attention: {dtype} on compute capability {_version(device.capability)}"
+    return f"no fused attention: {dtype} on compute capability {_version(device.capability)}"
 
 
 def _described_compile(config: ParallelConfig, decided: ParallelConfig, device: Device) -> str:

@@ -75,23 +75,28 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor):  # type: ignore[override]
-        d_bias = gradient.flatten(0, -2).sum(0) if ctx.has_bias else None
-        return torch.ops.tsumugu.linear_backward(gradient, *ctx.saved_tensors), None, d_bias, None, None
+        input, weight, total, begun = ctx.saved_tensors
+        # laid out here, where the compiler writes them so at once: an operation that it does not know gets what eager
+        # torch would have, which can take a copy
+        gradient_NO, rows_NI = gradient.flatten(0, -2).contiguous(), input.flatten(0, -2).contiguous()
+        d_bias = gradient_NO.sum(0) if ctx.has_bias else None
+        d_rows = torch.ops.tsumugu.linear_backward(gradient_NO, rows_NI, weight, total, begun)
+        return d_rows.view(input.shape), None, d_bias, None, None
 
 
 # To torch's compiler this is a function of its arguments alone, and would be left out if its result were not used. It
 # writes to two of them, which nothing else in the graph reads, and is called once: backward is not recomputed.
 @torch.library.custom_op("tsumugu::linear_backward", mutates_args=())
 def _linear_backward(
-    gradient: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
 ) -> torch.Tensor:
-    add_product(total, gradient.flatten(0, -2), input.flatten(0, -2), first=not begun.item())
+    add_product(total, gradient_NO, rows_NI, first=not begun.item())
     begun.fill_(True)
-    return gradient @ weight
+    return gradient_NO @ weight
 
 
 @_linear_backward.register_fake
 def _(
-    gradient: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
 ) -> torch.Tensor:
-    return gradient @ weight
+    return gradient_NO @ weight
