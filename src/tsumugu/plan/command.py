@@ -66,6 +66,10 @@ def _plan(
     kind: str | None,
 ) -> Plan:
     calibration = time.shipped(cluster.gpu, asked.calibration)
+    if calibration is not None and cluster.gpu.name == "CPU":
+        from tsumugu.plan.probe import with_nominal_rates
+
+        cluster = dataclasses.replace(cluster, gpu=with_nominal_rates(cluster.gpu))
     return planning.plan(run, model_config, steps, cluster, calibration, kind)
 
 
@@ -94,7 +98,10 @@ def show(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) 
         f"{run.train.micro_batch_size}, {first.steps:,} steps, {first.steps * first.tokens_per_step / 1e9:.3g} "
         "billion tokens"
     )
-    _show_table(found, console, yen_per_dollar)
+    if len(found) == 1:
+        _show_table(found, console, yen_per_dollar)
+    else:
+        _show_side_by_side(found, console)
     for plan in found:
         _show_notes(plan, console, named=len(found) > 1)
     console.print("what serves an export of this model (docs/interoperability.md):")
@@ -122,6 +129,28 @@ def marks(found: Sequence[Plan]) -> list[str]:
 def _amount(plan: Plan) -> float:
     assert plan.cost
     return plan.cost.amount
+
+
+def _show_side_by_side(found: Sequence[Plan], console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("instances", no_wrap=True)
+    for title in ("devices", "needs GiB", "has GiB", "fits", "micro batch", "tokens/s", "MFU", "days", "cost", ""):
+        table.add_column(title, justify="left" if not title else "right")
+    for plan, mark in zip(found, marks(found), strict=True):
+        table.add_row(
+            f"{plan.cluster.name.removeprefix('ml.')} × {plan.cluster.hosts}",
+            str(plan.cluster.devices),
+            f"{plan.total / GIB:.1f}",
+            "?" if plan.device_memory is None else f"{plan.device_memory / GIB:.1f}",
+            "yes" if plan.fits else "no",
+            f"≤ {plan.largest_micro_batch}" if plan.largest_micro_batch else "none",
+            _number(plan.tokens_per_second, ",.0f"),
+            _number(plan.mfu, ".1%"),
+            _number(plan.days, ".3g"),
+            _money(plan.cost and plan.cost.amount, plan),
+            mark,
+        )
+    console.print(table)
 
 
 def _show_table(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) -> None:

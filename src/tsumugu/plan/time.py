@@ -272,6 +272,17 @@ def fit(observations: Sequence[Observation], start: Calibration) -> Calibration:
     return calibration(point)
 
 
+def scaled(start: Calibration, observations: Sequence[Observation]) -> Calibration:
+    """The efficiencies of `start` times the one factor at which they explain measured durations best."""
+
+    def with_factor(factor: float) -> Calibration:
+        rates = {name: getattr(start, name) * factor for name in ("matrix", "attention", "memory")}
+        return replace(start, **rates, launch=start.launch / factor)
+
+    errors = [math.log(o.kernels.seconds(o.flops, o.bandwidth, start) / o.seconds) for o in observations]
+    return with_factor(math.exp(sum(errors) / len(errors)))  # durations are inverse to the factor
+
+
 def shipped(gpu: Gpu, file: Path | None = None) -> Calibration | None:
     """The calibration of a GPU: of a file, or the one that comes with tsumugu, or of the most similar GPU that has one.
 
