@@ -5,8 +5,8 @@
     python benchmarks/plan.py --compare DIR            # predictions beside what was measured into DIR
 
 Every case trains a shape on random tokens through the trainer itself, two micro batches a step. Measured are, of steps
-that are not the first ones: torch's peak of allocated memory, what its allocator holds, what the device has in use beside
-that, the memory between steps, after forward and at the peaks of forward, backward and the rest of the step, tokens a
+that are not the first ones: torch's peak of allocated memory, what its allocator holds, what the device has in use
+beside that, the memory between steps, after forward and at the peaks of forward, backward and the rest of the step, tokens a
 second, and milliseconds by part and by kind of kernel. Prints Markdown; DIR gets a JSON file and a log a case.
 """
 
@@ -58,6 +58,12 @@ CASES: dict[str, tuple[str, int, int, dict[str, dict[str, Any]]]] = {
 }  # fmt: skip
 
 
+def _start() -> Any:
+    from tsumugu.plan.time import Calibration
+
+    return Calibration(matrix=0.7, attention=0.4, memory=0.8, launch=6e-6)
+
+
 def run_config(case: str, folder: Path) -> Any:
     """The configuration of a case, on a store and a model configuration in a folder."""
     from tsumugu import config
@@ -97,21 +103,60 @@ def prepare(folder: Path) -> None:
         model_config.save_pretrained(folder / preset)
 
 
-def predict(case: str, folder: Path, device: Any) -> dict[str, Any]:
-    """What plan says of a case."""
+def predict(case: str, folder: Path, device: Any) -> tuple[dict[str, Any], Any]:
+    """What plan says of the memory of a case, and the kernels of a step."""
     from tsumugu.model.build import read_config
     from tsumugu.plan import memory
+    from tsumugu.plan import time as timing
 
     started = time.perf_counter()
     run = run_config(case, folder)
     setup = memory.set_up(run, read_config(str(folder / CASES[case][0])), device, processes=1)
     rows = run.train.micro_batch_size
-    parts = memory.peak(setup, memory.trace_model(setup, rows), rows)
-    return {
+    traces = memory.trace_model(setup, rows)
+    parts = memory.peak(setup, traces, rows)
+    found = {
         "peak_gib": sum(parts.values()) / GIB,
         "parts_gib": {part: size / GIB for part, size in parts.items()},
         "seconds": time.perf_counter() - started,
     }
+    return found, (setup, timing.step_of(setup, traces, rows))
+
+
+def observations(step: Any, setup: Any, found: dict[str, Any]) -> list[Any]:
+    """A measured step as a whole, and by kinds of kernels, which a profile has told apart."""
+    from tsumugu.plan import instances
+    from tsumugu.plan import time as timing
+
+    gpu, kernels = instances.gpu("H100"), timing.whole(step)
+    rates = gpu.flops(setup.dtype), gpu.bandwidth
+    by_kind = dict(found.get("kernels", {}))
+    milliseconds = {"matrix": by_kind.pop("matrix products", 0), "attention": by_kind.pop("attention", 0)}
+    milliseconds["memory"] = sum(by_kind.values())
+    result = [timing.Observation(kernels, *rates, found["step_seconds"])]
+    for kind, spent in milliseconds.items():
+        if spent:
+            result.append(timing.Observation(kernels.only(kind), *rates, spent / 1e3))
+    return result
+
+
+def tokens_per_second(case: str, known: dict[str, Any], folder: Path) -> tuple[float, Any] | None:
+    """Predicted with a calibration on the measured cases of all other shapes; None where there are none."""
+    from tsumugu.plan import instances
+    from tsumugu.plan import time as timing
+
+    preset, rows, length = CASES[case][:3]
+    others = []
+    for other, (setup, step) in known.items():
+        file = folder / file_name(other)
+        if CASES[other][0] != preset and file.exists():
+            others += observations(step, setup, json.loads(file.read_text()))
+    if not others:
+        return None
+    calibration = timing.fit(others, _start())
+    setup, step = known[case]
+    taken = timing.step_time(setup, step, instances.Cluster("", instances.gpu("H100"), 1, 1, None), calibration)
+    return rows * ACCUMULATED * length / taken.total, calibration
 
 
 def measure(case: str, folder: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -199,6 +244,25 @@ def device_of(arguments: argparse.Namespace) -> Any:
     return paths.Device(type="cuda", name="NVIDIA H100 80GB HBM3", memory=int(79.1 * GIB), capability=(9, 0))
 
 
+def fit_and_predict(known: dict[str, Any], predicted: dict[str, Any], out: Path) -> None:
+    """Tokens a second, each shape with the calibration of the others; and the calibration on all."""
+    import dataclasses
+
+    from tsumugu.plan import time as timing
+
+    for case in known:
+        if found := tokens_per_second(case, known, out):
+            predicted[case]["tokens_per_second"] = found[0]
+    every = []
+    for case, (setup, step) in known.items():
+        file = out / file_name(case)
+        if file.exists():
+            every += observations(step, setup, json.loads(file.read_text()))
+    if every:
+        print(json.dumps(dataclasses.asdict(timing.fit(every, _start()))))
+    (out / "predictions.json").write_text(json.dumps(predicted, indent=1))
+
+
 def file_name(case: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in case) + ".json"
 
@@ -211,7 +275,8 @@ def run_all(cases: list[str], arguments: argparse.Namespace) -> None:
     waiting, running, began = list(reversed(cases)), {}, time.monotonic()
     predicting = subprocess.Popen(
         [sys.executable, here, "--predict", *common, *(f"--case={case}" for case in cases)],
-        stdout=(out / "predict.log").open("w"), stderr=subprocess.STDOUT, env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=(out / "predict.log").open("w"), stderr=subprocess.STDOUT,
+        env=environment | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     while waiting or running:
         for gpu in range(arguments.gpus):
@@ -249,7 +314,8 @@ def show(cases: list[str], out: Path) -> None:
     predictions = out / "predictions.json"
     predicted = json.loads(predictions.read_text()) if predictions.exists() else {}
     print(
-        "\n| case | rows × tokens | predicted GiB | measured GiB | error | held GiB | tokens/s, predicted | tokens/s | error |"
+        "\n| case | rows × tokens | predicted GiB | measured GiB | error | held GiB "
+        "| tokens/s, predicted | tokens/s | error |"
     )
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for case in cases:
@@ -257,7 +323,8 @@ def show(cases: list[str], out: Path) -> None:
         found = json.loads(file.read_text()) if file.exists() else {}
         print(
             f"| {case} | {CASES[case][1]} × {CASES[case][2]} "
-            f"| {cell(of_plan, 'peak_gib', '.2f')} | {cell(found, 'peak_gib', '.2f')} | {error(of_plan, found, 'peak_gib')} "
+            f"| {cell(of_plan, 'peak_gib', '.2f')} | {cell(found, 'peak_gib', '.2f')} "
+            f"| {error(of_plan, found, 'peak_gib')} "
             f"| {cell(found, 'reserved_gib', '.2f')} | {cell(of_plan, 'tokens_per_second', ',.0f')} "
             f"| {cell(found, 'tokens_per_second', ',.0f')} | {error(of_plan, found, 'tokens_per_second')} |"
         )
@@ -297,13 +364,15 @@ def main() -> None:
     prepare(shared)
     if arguments.predict or arguments.compare:
         arguments.predict = True
-        predicted = {}
+        predicted, known = {}, {}
         for case in cases:
             try:
-                predicted[case] = predict(case, shared, device_of(arguments))
+                predicted[case], known[case] = predict(case, shared, device_of(arguments))
             except Exception as failure:  # the others are still of use
                 print(f"{case}: {type(failure).__name__}: {failure}", file=sys.stderr)
             (out / "predictions.json").write_text(json.dumps(predicted, indent=1))
+        if arguments.compare:
+            fit_and_predict(known, predicted, out)
     else:
         run_all(cases, arguments)
     show(cases, out)

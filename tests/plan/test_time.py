@@ -29,7 +29,7 @@ def sample_setup(model: str, shard: int, rows: int, compiled: bool) -> memory.Se
 
 
 def test_every_row_of_the_samples_table_is_told_by_the_others():
-    """The sample's software compiled nothing (PyTorch 1.13), so its kernels are those of layers that are not compiled."""
+    """The sample's software (PyTorch 1.13) compiled nothing, so its kernels are those of layers not compiled."""
     steps, observations = [], []
     for model, shard, rows, samples in SAMPLE:
         setup = sample_setup(model, shard, rows, compiled=False)

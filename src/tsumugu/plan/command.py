@@ -42,9 +42,9 @@ def plans(run: TrainingRun, asked: Asked) -> list[Plan]:
     model_config = planning.find_model_config(run, asked.vocab_size)
     steps = planning.count_steps(run, asked.tokens)
     kind = interoperability.tokenizer_kind(Path(run.data.entries[0].path) / "tokenizer")
-    clusters = [
-        instances.cluster(name, count) for name in asked.instance_types for count in asked.instance_counts
-    ] or [instances.this_machine()]
+    clusters = [instances.cluster(name, count) for name in asked.instance_types for count in asked.instance_counts] or [
+        instances.this_machine()
+    ]
     stated = cost.stated(asked.prices_per_hour, asked.instance_types or ["this machine"])
     prices = cost.read_prices(asked.prices)
     result = []
@@ -200,7 +200,9 @@ def _money(value: float | None, plan: Plan) -> str:
 def _show_notes(plan: Plan, console: Console, named: bool) -> None:
     prefix = f"{plan.cluster.name} × {plan.cluster.hosts}: " if named else ""
     if plan.calibration is None or plan.step is None:
-        console.print(f"{prefix}how fast it is is not known: measure it with --probe FILE, then give --calibration FILE")
+        console.print(
+            f"{prefix}how fast it is is not known: measure it with --probe FILE, then give --calibration FILE"
+        )
     else:
         console.print(f"{prefix}speed by {plan.calibration.source}")
     if plan.cost is not None:
@@ -232,9 +234,14 @@ def draw(found: Sequence[Plan], file: Path) -> None:
         raise UserError("--chart: no plan has both a time and a cost", "give --price-per-hour for the instance types")
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for plan, days, of_plan in points:
-        assert of_plan and days is not None
-        axes.plot(days, of_plan.amount, "o", color="C0" if plan.fits else "C3", fillstyle="full" if plan.fits else "none")
-        label = f"{plan.cluster.name.removeprefix('ml.')} × {plan.cluster.hosts}" + ("" if plan.fits else " (does not fit)")
+        assert of_plan
+        assert days is not None
+        axes.plot(
+            days, of_plan.amount, "o", color="C0" if plan.fits else "C3", fillstyle="full" if plan.fits else "none"
+        )
+        label = f"{plan.cluster.name.removeprefix('ml.')} × {plan.cluster.hosts}" + (
+            "" if plan.fits else " (does not fit)"
+        )
         axes.annotate(label, (days, of_plan.amount), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.set_xlabel("days")
     axes.set_ylabel(points[0][2].price.currency)  # type: ignore[union-attr]

@@ -30,7 +30,9 @@ class Price:
 
     def in_yen(self, yen_per_dollar: float) -> "Price":
         assert self.currency == "USD"
-        return Price(self.per_hour * yen_per_dollar, "JPY", self.date, f"{self.source}; {yen_per_dollar:g} yen a dollar")
+        return Price(
+            self.per_hour * yen_per_dollar, "JPY", self.date, f"{self.source}; {yen_per_dollar:g} yen a dollar"
+        )
 
 
 @dataclass(frozen=True)

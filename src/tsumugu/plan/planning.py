@@ -94,8 +94,8 @@ class Plan:
 
     @property
     def checkpoint_every(self) -> int | None:
-        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures), where a
-        stall is the copy into host memory, and devices fail one like the other (see data/reliability.json)."""
+        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures), where
+        a stall is the copy into host memory, and devices fail one like the other (see data/reliability.json)."""
         if self.step is None:
             return None
         facts = reliability()
@@ -307,4 +307,3 @@ def count_steps(run: TrainingRun, tokens: int | None) -> int:
     from tsumugu.training.trainer import planned_steps
 
     return planned_steps(run)
-

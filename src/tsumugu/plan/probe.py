@@ -1,4 +1,4 @@
-"""`tsumugu plan --probe`: 20 steps of a recipe on this machine, and the efficiencies that explain how long they took."""
+"""`tsumugu plan --probe`: 20 steps of a recipe on this machine, and the efficiencies that explain their duration."""
 
 import dataclasses
 import json

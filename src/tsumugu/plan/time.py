@@ -1,7 +1,7 @@
 """How long a step takes: every kernel at the slower of two rates, matrix units or memory, and what the network adds.
 
 The kernels are those that `trace` saw. Each rate is the peak of the data sheet times an efficiency that was measured
-(see `Calibration`). FSDP2's collectives run beside the computation of a layer: what they take longer than that is added.
+(see `Calibration`). FSDP2's collectives run beside the computation of a layer: what they take longer is added.
 """
 
 import json
@@ -69,6 +69,11 @@ class Kernels:
         both = Kernels(())
         both._rows = np.concatenate([self._rows, other._rows])
         return both
+
+    def only(self, kind: str) -> "Kernels":
+        result = Kernels(())
+        result._rows = self._rows[self._rows[:, 0] == KINDS.index(kind)]
+        return result
 
     def repeated(self, times: int) -> "Kernels":
         result = Kernels(())

@@ -152,8 +152,8 @@ def workspace(operation: Any, args: Sequence[Any], on_cuda: bool) -> int:
     """Bytes that an operator allocates and frees again, as far as torch does not see them.
 
     On CUDA, the backward pass of flash attention sums the gradient of the queries in float32 (flash attention 2,
-    `dq_accum`, with sequence and head size rounded up to 128 and 32), and keeps a row sum a query; of NF4, the weight is
-    multiplied out.
+    `dq_accum`, with sequence and head size rounded up to 128 and 32), and keeps a row sum a query; of NF4, the
+    weight is multiplied out.
     """
     name = operation.name() if hasattr(operation, "name") else str(operation)
     if "tsumugu::linear_backward" in name:
