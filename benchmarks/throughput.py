@@ -11,7 +11,7 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
 
     way         fast: what tsumugu does by itself; fsdp: FSDP2 over the one process (parallel.fsdp true);
                 hf: transformers' Trainer with fused AdamW, bf16 autocast and torch.compile;
-                litgpt: its model in the loop of its `pretrain` (Fabric bf16-mixed, torch.compile), where it is installed
+                litgpt: its model in the loop of its `pretrain` (Fabric bf16-mixed, torch.compile), if installed
     micro=N     rows a micro batch
     recompute=  none | selective | full (hf: full is gradient_checkpointing)
     budget=X    parallel.activation_memory_budget
@@ -259,7 +259,8 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
         args=TrainingArguments(
             output_dir=str(arguments.out / "hf"), max_steps=steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=MICRO_BATCHES, bf16=torch.cuda.is_available(),
-            torch_compile=torch.cuda.is_available() and options.get("liger") != "1", optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
+            torch_compile=torch.cuda.is_available() and options.get("liger") != "1",
+            optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
             adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
             save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
             gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",

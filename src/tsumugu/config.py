@@ -552,7 +552,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the device mesh, and what is traded for memory or speed; but for fp8, nothing changes what is learned."""
+    """Degrees of the device mesh, and what is traded for memory or speed; but for fp8, none changes what is learned."""
 
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""

@@ -1,4 +1,4 @@
-"""Laying a model on the meta device over the mesh: tensor parallelism or fp8 → recomputation → compile → offloading → FSDP2.
+"""Laying a model on the meta device over the mesh: splitting (or fp8) → recomputation → compile → offloading → FSDP2.
 
 All but the first wrap the `forward` of a decoder layer, so that the hooks of FSDP2 stay outside and no parameter
 changes its name. None changes what is computed, but for rounding where the compiler fuses operations.
