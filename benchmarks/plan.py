@@ -6,8 +6,8 @@
 
 Every case trains a shape on random tokens through the trainer itself, two micro batches a step. Measured are, of steps
 that are not the first ones: torch's peak of allocated memory, what its allocator holds, what the device has in use
-beside that, the memory between steps, after forward and at the peaks of forward, backward and the rest of the step, tokens a
-second, and milliseconds by part and by kind of kernel. Prints Markdown; DIR gets a JSON file and a log a case.
+beside that, the memory between steps, after forward and at the peaks of forward, backward and the rest of the step,
+tokens a second, and milliseconds by part and by kind of kernel. Prints Markdown; DIR gets a JSON file and a log a case.
 """
 
 import argparse
@@ -125,10 +125,9 @@ def predict(case: str, folder: Path, device: Any) -> tuple[dict[str, Any], Any]:
 
 def observations(step: Any, setup: Any, found: dict[str, Any]) -> list[Any]:
     """A measured step as a whole, and by kinds of kernels, which a profile has told apart."""
-    from tsumugu.plan import instances
     from tsumugu.plan import time as timing
 
-    gpu, kernels = instances.gpu("H100"), timing.whole(step)
+    gpu, kernels = gpu_of(found), timing.whole(step)
     rates = gpu.flops(setup.dtype), gpu.bandwidth
     by_kind = dict(found.get("kernels", {}))
     milliseconds = {"matrix": by_kind.pop("matrix products", 0), "attention": by_kind.pop("attention", 0)}
@@ -146,16 +145,17 @@ def tokens_per_second(case: str, known: dict[str, Any], folder: Path) -> tuple[f
     from tsumugu.plan import time as timing
 
     preset, rows, length = CASES[case][:3]
-    others = []
+    others, gpu = [], instances.gpu("H100")
     for other, (setup, step) in known.items():
         file = folder / file_name(other)
         if CASES[other][0] != preset and file.exists():
-            others += observations(step, setup, json.loads(file.read_text()))
+            measured = json.loads(file.read_text())
+            others, gpu = others + observations(step, setup, measured), gpu_of(measured)
     if not others:
         return None
     calibration = timing.fit(others, _start())
     setup, step = known[case]
-    taken = timing.step_time(setup, step, instances.Cluster("", instances.gpu("H100"), 1, 1, None), calibration)
+    taken = timing.step_time(setup, step, instances.Cluster("", gpu, 1, 1, None), calibration)
     return rows * ACCUMULATED * length / taken.total, calibration
 
 
@@ -235,13 +235,25 @@ def phases(trainer: Any) -> dict[str, float]:
 
 
 def device_of(arguments: argparse.Namespace) -> Any:
+    """The device of the measurements, of this machine, or an H100."""
     import torch
 
     from tsumugu.distributed import paths
 
+    for file in arguments.out.glob("*.json") if arguments.compare else ():
+        found = json.loads(file.read_text())
+        if "total_gib" in found:
+            memory = int(found["total_gib"] * GIB)
+            return paths.Device(type="cuda", name=found["device"], memory=memory, capability=(9, 0))
     if torch.cuda.is_available() and not arguments.predict:
         return paths.this_device(torch.device("cuda", 0))
-    return paths.Device(type="cuda", name="NVIDIA H100 80GB HBM3", memory=int(79.1 * GIB), capability=(9, 0))
+    return paths.Device(type="cuda", name="NVIDIA H100", memory=int(79.1 * GIB), capability=(9, 0))
+
+
+def gpu_of(found: dict[str, Any]) -> Any:
+    from tsumugu.plan import instances
+
+    return instances.gpu(next(name for name in instances.facts()["gpus"] if name in found["device"]))
 
 
 def fit_and_predict(known: dict[str, Any], predicted: dict[str, Any], out: Path) -> None:

@@ -60,21 +60,25 @@ def is_last(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     base: Any = model.base_model
     if base is model or type(head) is not nn.Linear:
         return False
-    stub, own = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype)), base.__dict__
-    hook, forward = (
-        head.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0], output))),
-        own.get("forward"),
-    )
+    stub = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype))
+    own = base.__dict__.get("forward")
+
+    def look(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.extend((inputs[0], output))
+
+    hook = head.register_forward_hook(look)
     base.forward = lambda *args, **kwargs: stub
     try:
         logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
     finally:
         hook.remove()
         del base.forward
-        if forward is not None:
-            base.forward = forward
-    shared = [seen[0], stub.last_hidden_state], [seen[1], logits]
-    return len(seen) == 2 and all(one.untyped_storage() is other.untyped_storage() for one, other in shared)
+        if own is not None:
+            base.forward = own
+    if len(seen) != 2:
+        return False
+    pairs = (seen[0], stub.last_hidden_state), (seen[1], logits)
+    return all(one is not None and one.untyped_storage() is other.untyped_storage() for other, one in pairs)
 
 
 class _HiddenStates(BaseModelOutputWithPastAndCrossAttentions):

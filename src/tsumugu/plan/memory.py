@@ -297,7 +297,7 @@ def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     trained = sum(weight.elements(shards) for weight in weights if weight.trained)
     frozen = sum(weight.elements(shards) * weight.itemsize for weight in weights if not weight.trained)
     wide = setup.master_dtype.itemsize
-    parts = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     if setup.has_split_masters:
         half = setup.dtype.itemsize
         parts |= {"weights": frozen + trained * half, "masters": trained * half, "gradients": trained * wide}

@@ -199,7 +199,7 @@ def _largest_micro_batch(setup: memory.Setup, traces: memory.Traces, cluster: Cl
         line = memory.between(traces, rows, second, other, size)
         return _fits(cluster, _parts(memory.with_micro_batch(setup, size), line, size))
 
-    other = 2 * rows
+    other, low = 2 * rows, 0
     for _ in range(2):  # once from afar, then from where the answer seems to be
         second = memory.trace_model(memory.with_micro_batch(setup, other), other, (traces, rows))
         low, high = 0, most  # the largest that fits lies between them

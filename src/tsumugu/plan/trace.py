@@ -386,7 +386,8 @@ def trace_root(
         for parameter in parameters:
             parameter.grad = None
     outside = [p for p in parameters if id(p) not in inside]
-    peak, work = zip(found["before"], found["loss"], found["head_backward"], found["end"], strict=True)
+    phases: list[tuple[int, Work]] = [found[name] for name in ("before", "loss", "head_backward", "end")]
+    peak, work = [size for size, _ in phases], [kernels for _, kernels in phases]
     root = Root(
         entered=found["entered"],
         hidden=found["hidden"],
