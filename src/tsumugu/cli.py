@@ -706,7 +706,10 @@ def _plan(options: argparse.Namespace, flags: list[str]) -> int:
     else:
         from rich.console import Console
 
-        command.show(plans, Console(highlight=False), options.yen_per_dollar)
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120
+        command.show(plans, console, options.yen_per_dollar)
     return 0 if any(plan.fits for plan in plans) else 1
 
 

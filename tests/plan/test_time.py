@@ -17,7 +17,7 @@ SAMPLE = [
     *(("13b", 16, 8, 24.5), ("13b", 32, 8, 24.7)),
 ]
 CLUSTER = instances.cluster("ml.p4d.24xlarge", 4)
-START = Calibration(matrix=0.6, attention=0.4, memory=0.7, launch=6e-6)
+START = Calibration(matrix=0.6, attention=0.4, varlen=0.2, memory=0.7, launch=6e-6)
 
 
 def sample_setup(model: str, shard: int, rows: int, compiled: bool) -> memory.Setup:
@@ -62,15 +62,15 @@ def test_every_run_of_the_samples_table_fits(model: str, rows: int):
 
 def test_a_kernel_takes_the_slower_of_its_two_rates_and_the_host_may_be_slower_still():
     kernels = Kernels([("matrix", 10, 1), ("attention", 10, 1), ("memory", 0, 6)]).repeated(2)
-    calibration = Calibration(matrix=0.5, attention=0.25, memory=0.5, launch=0.0)
+    calibration = Calibration(matrix=0.5, attention=0.25, varlen=1, memory=0.5, launch=0.0)
     # at 10 FLOP/s and 4 bytes/s: 2 s, 4 s and 3 s, each twice
     assert kernels.seconds(10, 4, calibration) == pytest.approx(18)
-    slow_host = Calibration(matrix=0.5, attention=0.25, memory=0.5, launch=5.0)
+    slow_host = Calibration(matrix=0.5, attention=0.25, varlen=1, memory=0.5, launch=5.0)
     assert kernels.seconds(10, 4, slow_host) == pytest.approx(30)
 
 
 def test_efficiencies_are_found_again():
-    truth = Calibration(matrix=0.62, attention=0.33, memory=0.78, launch=1e-9)
+    truth = Calibration(matrix=0.62, attention=0.33, varlen=0.5, memory=0.78, launch=1e-9)
     works = [
         [("matrix", 1e12, 1), ("memory", 0, 1e8)],
         [("attention", 1e12, 1), ("memory", 0, 3e9)],
@@ -78,13 +78,13 @@ def test_efficiencies_are_found_again():
         [("memory", 0, 5e9)],
     ]
     observations = [Observation(Kernels(w), 1e14, 1e12, Kernels(w).seconds(1e14, 1e12, truth)) for w in works]
-    found = time.fit(observations, Calibration(matrix=0.5, attention=0.5, memory=0.5, launch=1e-9))
+    found = time.fit(observations, Calibration(matrix=0.5, attention=0.5, varlen=0.5, memory=0.5, launch=1e-9))
     for name in ("matrix", "attention", "memory"):
         assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.02)
 
 
 def test_rings():
-    calibration = Calibration(matrix=1, attention=1, memory=1, launch=0)
+    calibration = Calibration(matrix=1, attention=1, varlen=1, memory=1, launch=0)
     link, network = CLUSTER.gpu.link, CLUSTER.network
     assert link
     assert network

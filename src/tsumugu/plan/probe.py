@@ -23,7 +23,7 @@ STEPS, WARM = 20, 5
 
 # of a CPU no peak is known: its efficiencies are over these, and say what it reached
 _CPU_FLOPS, _CPU_BANDWIDTH = 1e12, 100e9
-_START = timing.Calibration(matrix=0.6, attention=0.4, memory=0.8, launch=6e-6)
+_START = timing.Calibration(matrix=0.6, attention=0.4, varlen=0.2, memory=0.8, launch=6e-6)
 
 
 def probe(run: TrainingRun, asked: Asked, file: Path) -> str:

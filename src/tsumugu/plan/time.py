@@ -19,7 +19,7 @@ from tsumugu.plan.instances import Cluster, Gpu
 from tsumugu.plan.memory import Setup, Traces, Weight
 from tsumugu.plan.trace import Work
 
-KINDS = ("matrix", "attention", "memory")
+KINDS = ("matrix", "attention", "varlen", "memory")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Calibration:
     Attributes:
         matrix: Of matrix products, over the peak of the matrix units.
         attention: Of attention, likewise.
+        varlen: Of attention within documents, likewise.
         memory: Of what reads and writes, over the bandwidth of the memory.
         launch: Seconds of the host for every kernel; a device that is faster than that waits.
         network: Of collectives, over the bandwidth of links and network.
@@ -37,6 +38,7 @@ class Calibration:
 
     matrix: float
     attention: float
+    varlen: float
     memory: float
     launch: float
     network: float = 1.0
@@ -83,7 +85,7 @@ class Kernels:
     def seconds(self, flops: float, bandwidth: float, calibration: Calibration) -> float:
         """At a device's peaks, or at the rate at which the host starts them."""
         kinds, operations, moved, times = self._rows.T
-        efficiency = np.array([calibration.matrix, calibration.attention, 1.0])[kinds.astype(int)]
+        efficiency = np.array([calibration.matrix, calibration.attention, calibration.varlen, 1.0])[kinds.astype(int)]
         each = np.maximum(operations / (flops * efficiency), moved / (bandwidth * calibration.memory))
         return max(float(each @ times), float(times.sum()) * calibration.launch)
 
@@ -251,7 +253,7 @@ def fit(observations: Sequence[Observation], start: Calibration) -> Calibration:
     They are held to `start` with the weight of a small part of an observation, so that what the observations do not
     tell stays as it is.
     """
-    names = ("matrix", "attention", "memory", "launch")
+    names = ("matrix", "attention", "varlen", "memory", "launch")
     point = np.log([getattr(start, name) for name in names])
     origin = point.copy()
 
@@ -281,7 +283,7 @@ def scaled(start: Calibration, observations: Sequence[Observation]) -> Calibrati
     """The efficiencies of `start` times the one factor at which they explain measured durations best."""
 
     def with_factor(factor: float) -> Calibration:
-        rates = {name: getattr(start, name) * factor for name in ("matrix", "attention", "memory")}
+        rates = {name: getattr(start, name) * factor for name in ("matrix", "attention", "varlen", "memory")}
         return replace(start, **rates, launch=start.launch / factor)
 
     errors = [math.log(o.kernels.seconds(o.flops, o.bandwidth, start) / o.seconds) for o in observations]

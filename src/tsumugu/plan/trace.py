@@ -37,7 +37,8 @@ _BLOCK = 512  # bytes: torch's allocator for CUDA rounds every request up to a m
 
 
 Work = tuple[tuple[str, int, int], ...]
-"""Kernels: what they are (matrix, attention or memory), FLOPs, and bytes that they read and write."""
+"""Kernels: what they are (matrix, attention, varlen: attention within documents, memory), FLOPs, and bytes that they
+read and write."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class Root:
     backward_work: Work
 
 
+_MOVES_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
 class Tracker(TorchDispatchMode):
     """Counts the bytes of storages that are born inside, from birth to death, and what operators read, write and do.
 
@@ -122,10 +126,12 @@ class Tracker(TorchDispatchMode):
                 self._see(value.untyped_storage())
         extra = workspace(func, args, self._on_cuda)
         self.peak = max(self.peak, self.live + extra)
-        if not _is_view(func):
+        name = func._overloadpacket.__name__
+        if values and not _is_view(func) and name not in _MOVES_NOTHING:
             moved = sum(value.nbytes for value in (*read, *values))
-            if moved:
-                self.work.append((*kind_and_flops(func, args, kwargs, outputs), moved))
+            if name == "embedding":  # of the weight it reads some rows alone
+                moved = 2 * values[0].nbytes
+            self.work.append((*kind_and_flops(func, args, kwargs, outputs), moved))
         return outputs
 
     def reset(self) -> tuple[int, Work]:
@@ -184,7 +190,7 @@ def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], 
         tokens, keys = (value.shape[0 if varlen else -2] for value in (query, key))
         causal = 0.5 if tokens == keys else 1.0
         # two products forward; backward five, as flash attention computes the first one again
-        return "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
+        return "varlen" if varlen else "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
     if base == "wide_product_":
         return "matrix", 2 * args[0].numel() * args[2].shape[0]
     if base == "linear_backward":
