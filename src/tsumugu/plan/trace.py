@@ -188,6 +188,8 @@ def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], 
         backward, varlen = "backward" in base, "varlen" in base
         query, key = (_value(args[index]) for index in ((1, 2) if backward else (0, 1)))
         tokens, keys = (value.shape[0 if varlen else -2] for value in (query, key))
+        if varlen:  # of which no document is longer than this, the first number among the arguments
+            tokens = keys = next(int(item) for item in args if isinstance(item, (int, torch.SymInt)))
         causal = 0.5 if tokens == keys else 1.0
         # two products forward; backward five, as flash attention computes the first one again
         return "varlen" if varlen else "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
