@@ -64,7 +64,9 @@ def test_several_side_by_side_with_the_fastest_and_the_cheapest(tmp_path: Path, 
     assert first["cost"]["price_per_hour"] == pytest.approx(32.7726 * 150)
     assert second["cost"]["price_per_hour"] == 75_000
     _, text = planned(capsys, *arguments, "--chart", str(tmp_path / "chart.png"))
-    rows = {line.split()[0]: line.rstrip() for line in text.splitlines() if "24xlarge ×" in line or "48xlarge ×" in line}
+    rows = {
+        line.split()[0]: line.rstrip() for line in text.splitlines() if "24xlarge ×" in line or "48xlarge ×" in line
+    }
     assert rows["p4d.24xlarge"].endswith("cheapest")
     assert rows["p5.48xlarge"].endswith("fastest")
     assert (tmp_path / "chart.png").read_bytes()[:4] == b"\x89PNG"

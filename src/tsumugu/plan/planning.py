@@ -227,9 +227,8 @@ def _changes(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> li
     found: list[Change] = []
     rows, parallel = setup.run.train.micro_batch_size, setup.run.parallel
 
-    def tried(setting: str, changed: memory.Setup, its_traces: memory.Traces | None, cost: str) -> None:
-        size = changed.run.train.micro_batch_size
-        parts = _parts(changed, its_traces or memory.trace_model(changed, size), size)
+    def tried(setting: str, changed: memory.Setup, its_traces: memory.Traces, cost: str) -> None:
+        parts = _parts(changed, its_traces, changed.run.train.micro_batch_size)
         found.append(Change(setting, sum(parts.values()), _fits(cluster, parts), cost))
 
     if setup.processes > 1 and setup.degrees["shard"] < setup.processes:
@@ -238,20 +237,24 @@ def _changes(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> li
     if rows > 1:
         for size in dict.fromkeys((rows // 2, 1)):
             changed = memory.with_micro_batch(setup, size)
-            tried(f"train.micro_batch_size {size}", changed, None, "more, smaller matrix products")
+            its_traces = memory.trace_model(changed, size, (traces, rows))
+            tried(f"train.micro_batch_size {size}", changed, its_traces, "more, smaller matrix products")
     if parallel.activation_checkpointing == "none" and not parallel.offload_activations:
         changed = memory.with_parallel(setup, activation_checkpointing="selective")
         cost = "what lies between matrix products is done twice"
-        tried("parallel.activation_checkpointing selective", changed, None, cost)
+        tried("parallel.activation_checkpointing selective", changed, memory.trace_model(changed, rows), cost)
     if parallel.activation_checkpointing != "full":
         changed = memory.with_parallel(setup, activation_checkpointing="full")
-        tried("parallel.activation_checkpointing full", changed, None, "a second forward: about a third more work")
+        full, cost = memory.trace_model(changed, rows), "a second forward: about a third more work"
+        tried("parallel.activation_checkpointing full", changed, full, cost)
         if rows > 1:
             changed = memory.with_micro_batch(changed, 1)
-            tried("both, full and train.micro_batch_size 1", changed, None, "the cost of both")
+            its_traces = memory.trace_model(changed, 1, (full, rows))
+            tried("both, full and train.micro_batch_size 1", changed, its_traces, "the cost of both")
     if not parallel.offload_optimizer:
         changed = memory.with_parallel(setup, offload_optimizer=True, fsdp=True)
-        tried("parallel.offload_optimizer true", changed, None, "the optimizer's step is taken on the host")
+        its_traces = memory.trace_model(changed, rows)
+        tried("parallel.offload_optimizer true", changed, its_traces, "the optimizer's step is taken on the host")
     return found
 
 
