@@ -147,8 +147,8 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
         like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again.
     """
     keeps = _keeps_gradients(setup, micro_batch)
-    same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto", "prefetch": 1}
-    same |= {"offload_activations": False, "offload_optimizer": False}
+    same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
+    same |= {"prefetch": 1, "offload_activations": False, "offload_optimizer": False}
     parallel = dataclasses.replace(setup.parallel, **same)
     what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
     key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
