@@ -384,17 +384,38 @@ def prepare(arguments: argparse.Namespace) -> None:
     model_config.save_pretrained(arguments.out / "model")
 
 
-def in_a_process(row: str, gpu: int, left: float, arguments: argparse.Namespace) -> str:
-    """Measures one row within `left` seconds; how it ended."""
-    if left < 30:
-        return "not measured"
+def measure_rows(script: str, rows: list[str], arguments: argparse.Namespace) -> dict[str, str]:
+    """Runs `script --one ROW` for every row in a process of its own, --gpus at a time, each on another GPU.
+
+    A row that was measured has left a JSON file in --out, named by `file_name`.
+
+    Returns:
+        How each ended.
+    """
+    began, ends = time.monotonic(), {}
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(arguments.gpus):
+        free.put(gpu)
+
+    def measure(row: str) -> None:
+        gpu = free.get()
+        left = arguments.total - (time.monotonic() - began)
+        ends[row] = _in_a_process(script, row, gpu, left, arguments) if left > 30 else "not measured"
+        free.put(gpu)
+
+    with ThreadPoolExecutor(arguments.gpus) as pool:
+        list(pool.map(measure, rows))
+    return ends
+
+
+def _in_a_process(script: str, row: str, gpu: int, left: float, arguments: argparse.Namespace) -> str:
     started = time.monotonic()
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
     if arguments.gpus > 1:
         environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
     file, log = (arguments.out / f"{file_name(row)}.{kind}" for kind in ("json", "log"))
     file.unlink(missing_ok=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--out", str(arguments.out), "--one", row]
+    command = [sys.executable, script, *sys.argv[1:], "--out", str(arguments.out), "--one", row]
     with open(log, "w") as stream:
         try:
             limit = min(arguments.limit, left)
@@ -405,8 +426,7 @@ def in_a_process(row: str, gpu: int, left: float, arguments: argparse.Namespace)
             end = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"
         except subprocess.TimeoutExpired:
             end = "stopped"
-    said = f"{json.loads(file.read_text())['tokens_per_second']:,.0f} tokens/s" if file.exists() else end
-    print(f"{row}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{row}: {'measured' if file.exists() else end} ({time.monotonic() - started:.0f} s)", flush=True)
     if not file.exists():
         print("    " + "\n    ".join(log.read_text(errors="replace").strip().splitlines()[-4:]), flush=True)
     return end
@@ -472,18 +492,7 @@ def main() -> None:
     prepare(arguments)
     rows = arguments.row or ROWS.get(arguments.preset, OTHERS)
     rows = [row for row in rows if not arguments.only or any(text in row for text in arguments.only)]
-    began, ended = time.monotonic(), {}
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
-
-    def measure(row: str) -> None:
-        gpu = free.get()
-        ended[row] = in_a_process(row, gpu, arguments.total - (time.monotonic() - began), arguments)
-        free.put(gpu)
-
-    with ThreadPoolExecutor(arguments.gpus) as pool:
-        list(pool.map(measure, rows))
+    ended = measure_rows(__file__, rows, arguments)
     show(rows, arguments, ended)
 
 
