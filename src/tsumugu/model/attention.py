@@ -125,9 +125,7 @@ def _attends_to_all(config: PretrainedConfig) -> bool:
     return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
 
 
-def no_varlen(
-    model: PreTrainedModel, dtype: torch.dtype, device_type: str, capability: tuple[int, int]
-) -> str | None:
+def no_varlen(model: PreTrainedModel, dtype: torch.dtype, device_type: str, capability: tuple[int, int]) -> str | None:
     """Why variable-length attention is not used on a device; None where it is."""
     config: PretrainedConfig = model.config
     if device_type != "cuda":
