@@ -6,7 +6,6 @@ Pretraining, fine-tuning and instruction tuning are this one trainer over a toke
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import platform
@@ -159,7 +158,7 @@ class Trainer:
             self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
         )
         attention_name = build.attention_implementation(self.model)
-        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.takes_positions = build.takes_positions(self.model)
         self.attention: str | None = None
         if config.data.documents_apart:
             self.attention = attention.keep_documents_apart(self.model, compute_dtype)
