@@ -114,9 +114,7 @@ def check_moves(folder: Path, gpus: int) -> None:
 
 def check_killed(folder: Path, gpus: int) -> None:
     whole = trained(folder, "undisturbed", gpus, "--checkpoint.every=3", "--train.max_steps=60")
-    run = started(
-        folder, "killed", gpus, "--checkpoint.every=3", "--train.max_steps=60", launch=("--max-restarts=2",)
-    )
+    run = started(folder, "killed", gpus, "--checkpoint.every=3", "--train.max_steps=60", launch=("--max-restarts=2",))
     wait_for(r"step 9/", folder / "killed.log")
     os.kill(worker(folder / "killed", 1), signal.SIGKILL)
     check("a rank is killed: exit code", run.wait(), 0)

@@ -72,7 +72,7 @@ def parallelize(
     for index, layer in enumerate(layers):
         if config.fp8:
             _multiply_in_fp8(layer, config.fp8)
-        if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
+        if is_recomputed(index, config):
             layer.forward = recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
             # with changing sizes, torch's compiler does not come to an end for layers that are split
@@ -96,6 +96,11 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
     if config.prefetch > 1:
         _prefetch([module for module in layers if isinstance(module, FSDPModule)], config.prefetch)
+
+
+def is_recomputed(index: int, config: ParallelConfig) -> bool:
+    """Whether backward computes again what the decoder layer of that number keeps otherwise."""
+    return config.activation_checkpointing != "none" and index % config.checkpoint_every_nth_layer == 0
 
 
 def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:

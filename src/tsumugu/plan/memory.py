@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from tsumugu.config import ParallelConfig, TrainingRun
 from tsumugu.distributed import mesh, paths
+from tsumugu.distributed.parallelize import is_recomputed
 from tsumugu.errors import UserError
 from tsumugu.kernels import has_triton, masters
 from tsumugu.kernels.linear import Sum, sum_in_products
@@ -177,8 +178,9 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
         model.train()
         if setup.has_split_masters:
             sums = {p: Sum(torch.empty_like(p, dtype=torch.float32), torch.tensor(False)) for p in model.parameters()}
-            for layer in layers:
-                sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
+            for index, layer in enumerate(layers):
+                if not is_recomputed(index, parallel):
+                    sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
         inputs = _inputs(model, setup, micro_batch)
         labels = torch.zeros(micro_batch, run.data.sequence_length, dtype=torch.int64)
         chunked = parallel.chunked_loss is not False and head.is_last(model, setup.dtype)
@@ -188,7 +190,7 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
         known: dict[Any, trace.Layer] = {}
         traced = []
         for index, layer in enumerate(layers):
-            again = index % parallel.checkpoint_every_nth_layer == 0
+            again = is_recomputed(index, parallel)
             key = (again, *_likeness(layer))
             graphs = like[0].layers[index].graphs if like else None
             if key not in known and graphs and like:

@@ -457,7 +457,7 @@ def trace_layer(
         on_cuda: Whether it will run on CUDA.
     """
     forward: Callable[..., Any] = layer.forward
-    if again and config.activation_checkpointing != "none":
+    if again:
         forward = recomputed(forward, config.activation_checkpointing == "selective")
     run = _trace_compiled if config.compile else _trace_eager
     return run(layer, forward, call, config, keeps_gradients, on_cuda)
