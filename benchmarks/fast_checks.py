@@ -179,9 +179,9 @@ def check_runs(folder: Path) -> None:
         if name == "gpt_neox":
             print("\n".join(paths))
         check(f"{name}: losses of {STEPS} steps", float(np.abs(fast / plain - 1).max()), 2e-3)
-        parallelize._SMALLEST_OFFLOADED, smallest = 0, parallelize._SMALLEST_OFFLOADED
+        parallelize.SMALLEST_OFFLOADED, smallest = 0, parallelize.SMALLEST_OFFLOADED
         moved, _, _ = take(run_of(folder, name, parallel__offload_activations=True), folder / f"{name} offloaded")
-        parallelize._SMALLEST_OFFLOADED = smallest
+        parallelize.SMALLEST_OFFLOADED = smallest
         check(f"{name}: losses of {STEPS} steps, activations offloaded", float(np.abs(moved / plain - 1).max()), 2e-3)
         if importlib.util.find_spec("torchao"):
             for recipe in ("tensorwise", "rowwise"):

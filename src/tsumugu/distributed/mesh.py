@@ -15,6 +15,12 @@ def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> Dev
     Raises:
         UserError: Degrees that do not.
     """
+    found = degrees(config, world_size)
+    return init_device_mesh(device_type, tuple(found.values()), mesh_dim_names=tuple(found))
+
+
+def degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:
+    """The degree of every axis; raises as `build_mesh` does."""
     tensor = config.tensor_degree
     rows = max(1, world_size // tensor)
     shard = config.shard_degree or max(1, rows // (config.replicate_degree or 1))
@@ -26,5 +32,4 @@ def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> Dev
             f"{world_size}",
             "choose degrees whose product is the number of processes",
         )
-    degrees = {"replicate": replicate, "shard": shard} | ({"tensor": tensor} if tensor > 1 else {})
-    return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+    return {"replicate": replicate, "shard": shard} | ({"tensor": tensor} if tensor > 1 else {})
