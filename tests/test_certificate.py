@@ -194,6 +194,12 @@ def merges_changed(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
+def sentencepiece_changed(folder: Path) -> None:
+    content = bytearray((folder / "tokenizer.model").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "tokenizer.model").write_bytes(content)
+
+
 def all_as(dtype: torch.dtype) -> Callable[[Path], None]:
     def cast(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
@@ -218,9 +224,22 @@ PLANTED = {
     "a missing tie": ("llama", change_json("config.json", tie_word_embeddings=False), "config tie_word_embeddings"),
     "a tie too many": ("gpt_neox", change_json("config.json", tie_word_embeddings=True), "config tie_word_embeddings"),
     "epsilon": ("llama", change_json("config.json", rms_norm_eps=1e-3), "config rms_norm_eps is 0.001"),
+    "rotary base for transformers 4": (
+        "gpt_neox",
+        change_json("config.json", rotary_emb_base=20000.0),
+        r"config rotary_emb_base is 20000\.0, in training it was 10000\.0",
+    ),
+    "dtype for transformers 4": ("llama", change_json("config.json", torch_dtype="float16"), "config torch_dtype is"),
+    "architecture": ("llama", change_json("config.json", architectures=["MistralForCausalLM"]), "config architectures"),
     "float16 in place of bfloat16": ("llama", all_as(torch.float16), r"tensor \S+ is float16, not bfloat16"),
     "dtype of the configuration": ("llama", change_json("config.json", dtype="float32"), "config dtype"),
     "tokenizer": ("llama", merges_changed, "tokenizer: "),
+    "SentencePiece's model": ("llama", sentencepiece_changed, r"tokenizer\.model is not the one of training"),
+    "padding side": (
+        "llama",
+        change_json("tokenizer_config.json", padding_side="left"),
+        r"tokenizer_config\.json is not the one of training",
+    ),
     "chat template": ("llama", template_changed, "chat template: "),
     "stop": ("llama", change_json("generation_config.json", eos_token_id=5), "does not end at token 2"),
     "a stop too many": ("llama", change_json("generation_config.json", eos_token_id=[2, 5]), r"also ends at \[5\]"),

@@ -44,7 +44,7 @@ from tsumugu.reload import (
     real_logits,
     vocabulary_sha256,
 )
-from tsumugu.tokenizer.contract import Contract
+from tsumugu.tokenizer.contract import CHAT_TEMPLATE, TOKENIZER_FILES, Contract
 from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
 
 FILE = "certificate.json"
@@ -136,6 +136,7 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
     private = json.dumps(expected["rows"][public:])
     trained = _unmerged_logits(subject, expected["rows"], subject.unmerged) if subject.unmerged else merged
     failures = [*_tensor_faults(folder, tensors), *_tokenizer_faults(folder, expected)]
+    failures += [*_copy_faults(folder, subject.tokenizer), *_older_names(folder, expected)]
     if not (apart := _difference(merged, trained)) <= _LOGITS * max(map(_largest, trained)):
         failures.append(f"merged, the adapters give logits that differ by up to {apart:.3g} from those beside the base")
     verified: list[dict] = []
@@ -220,7 +221,7 @@ def verify(folder: Path, python: str | None = None) -> tuple[list[str], list[dic
         base = adapter_folder.find_base(folder)
         adapter_folder.check_base(base, certificate["origin"])
     failures = [*certificate["failures"], *file_faults(folder), *_tensor_faults(folder, certificate["tensors"])]
-    failures += _tokenizer_faults(folder, certificate["expected"])
+    failures += _tokenizer_faults(folder, certificate["expected"]) + _older_names(folder, certificate["expected"])
     try:
         found, logits = _reloaded(folder, certificate["expected"], python or sys.executable, base)
     except ReloadError as error:
@@ -259,7 +260,7 @@ def _expected(subject: Subject) -> tuple[dict, list[torch.Tensor], list[torch.Te
         "largest_logit": max(map(_largest, rounded)),
         "tied": is_tied(model),
         "buffers": rotary,
-        "config": {} if subject.base else _comparable(model.config),
+        "config": {} if subject.base else _comparable(model.config) | {"architectures": [type(model).__name__]},
         "adapter": subject.base is not None,
         "texts": list(golden),
         "golden": list(golden.values()),
@@ -498,7 +499,6 @@ def _comparable(config: PretrainedConfig) -> dict:
         "transformers_version",
         "_name_or_path",
         "dtype",
-        "architectures",
         "use_cache",
         "return_dict",
         "pad_token_id",
@@ -533,6 +533,35 @@ def _tokenizer_faults(folder: Path, expected: dict) -> list[str]:
     file = folder / "tokenizer.json"
     same = not expected["tokenizer_json"] or (file.is_file() and _sha256(file) == expected["tokenizer_json"])
     return [] if same else ["tokenizer: tokenizer.json is not the one of training"]
+
+
+def _copy_faults(folder: Path, tokenizer: Path | None) -> list[str]:
+    """Every other file of the tokenizer: servers read what transformers does not, such as tokenizer.model."""
+    names = set(TOKENIZER_FILES) - {"tokenizer.json", CHAT_TEMPLATE}
+    copied = [name for name in sorted(names) if tokenizer and (tokenizer / name).is_file()]
+    return [
+        f"tokenizer: {name} is not the one of training"
+        for name in copied
+        if tokenizer and not ((folder / name).is_file() and _sha256(folder / name) == _sha256(tokenizer / name))
+    ]
+
+
+def _older_names(folder: Path, expected: dict) -> list[str]:
+    """Settings of config.json under names that only transformers 4 and other programs read."""
+    rope = expected["config"].get("rope_parameters") or {}
+    base, share = rope.get("rope_theta"), rope.get("partial_rotary_factor", 1.0)
+    older = {"rope_theta": base, "rotary_emb_base": base, "partial_rotary_factor": share, "rotary_pct": share}
+    older = {name: value for name, value in older.items() if base is not None} | {"torch_dtype": expected["dtype"]}
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = {name: content[name] for name in older.keys() & content.keys()}
+    except (OSError, ValueError, AttributeError):  # of adapters, or one that cannot be reloaded
+        return []
+    return [
+        f"config {name} is {found[name]!r}, in training it was {older[name]!r}"
+        for name in sorted(found)
+        if found[name] != older[name]
+    ]
 
 
 def _tensor_faults(folder: Path, expected: dict[str, dict]) -> list[str]:

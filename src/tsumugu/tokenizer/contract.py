@@ -23,7 +23,7 @@ _FILE = "contract.json"
 _SEAL = "tokenizer_json_sha256"
 EXTENSION_FILE = "extension.json"  # of extend.py
 CHAT_TEMPLATE = "chat_template.jinja"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
     *(CHAT_TEMPLATE, EXTENSION_FILE, _FILE),
 )
@@ -193,7 +193,7 @@ def copy_tokenizer(source: Path, output: Path) -> None:
 
     The template is no part of the fingerprint: it changes no id."""
     output.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, output / name)
 
