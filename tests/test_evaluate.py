@@ -390,6 +390,9 @@ def test_a_folder_of_adapters_has_the_figures_of_its_run(root: Path, tmp_path: P
     run = Evaluation(models=[str(root / "lora@3")], **asked)
     (folder,) = figures(Evaluation(models=[str(tmp_path / "adapter")], **asked))
     assert folder == pytest.approx(figures(run)[0], rel=1e-6)  # peft merges in float32
+    for file in ("contract.json", "tokenizer.json", "tokenizer_config.json"):  # which other tools leave with the base
+        (tmp_path / "adapter" / file).unlink()
+    assert figures(Evaluation(models=[str(tmp_path / "adapter")], **asked)) == [folder]
 
 
 def test_what_is_wrong_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

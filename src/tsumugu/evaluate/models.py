@@ -149,8 +149,11 @@ def _steps(name: str, each_checkpoint: bool, group: Group) -> tuple[Path, list[i
 
 def _of_folder(name: str, tokenizer: Path | None) -> Reference:
     folder = Path(name)
+    base = adapter.find_base(folder) if adapter.is_adapter(folder) else folder
+    config = build.read_config(str(base))
     own = tokenizer if tokenizer and not (folder / "contract.json").is_file() else folder
-    config = build.read_config(str(adapter.find_base(folder) if adapter.is_adapter(folder) else folder))
+    if not tokenizer and not (folder / "tokenizer_config.json").is_file():  # other tools leave it with the base model
+        own = base
     contract, ids = _describe(own), read_origin(folder).get("vocab_size", config.vocab_size)
     if contract.vocab_size > ids:
         raise UserError(
