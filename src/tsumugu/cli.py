@@ -23,6 +23,7 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_CHANNEL = "what channel:NAME stands for in a configuration; may be given several times"
 _PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
 
 
@@ -159,6 +160,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="show what would be done to N documents of each source",
     )
+    prepare.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
@@ -260,6 +262,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
+    parser.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
@@ -316,6 +319,16 @@ def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+class _Channel(argparse.Action):
+    """Leaves a channel where this process, and those that it starts, look for them."""
+
+    def __call__(self, _parser, _namespace, text, *_):
+        from tsumugu import config
+
+        name, path = config.split_channel(text)
+        config.write_channels(config.read_channels() | {name: path})
 
 
 class _Keys(argparse.Action):
