@@ -12,8 +12,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tsumugu.errors import UserError
-from tsumugu.training.checkpoint import complete_steps
-from tsumugu.training.trainer import SAVED
 
 
 def _cores() -> int:
@@ -72,6 +70,8 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
                 flush=True,
             )
     except SignalException as error:  # the children were given time to save, and said how far they came
+        from tsumugu.training.trainer import SAVED  # imported late: transformers takes seconds
+
         return 3 if (run_dir / SAVED).exists() else 128 + error.sigval
     return code
 
@@ -108,5 +108,7 @@ def run_workers(launch_config: LaunchConfig, module: str, *arguments: str) -> tu
 
 
 def _newest(run_dir: Path) -> str:
+    from tsumugu.training.checkpoint import complete_steps
+
     steps = complete_steps(run_dir)
     return f"step {steps[-1]}" if steps else "the start"
