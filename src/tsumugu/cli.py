@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tsumugu import __version__
 from tsumugu.errors import UserError
+from tsumugu.launch.sagemaker import command as sagemaker_command
 
 # What the user can mend; other errors of the system are shown whole.
 _FAULTS_OF_PATHS_AND_DISKS = (
@@ -193,6 +194,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="start again from the newest checkpoint after a process has died, so often (default: 0)",
     )
     local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
+    sagemaker = command(targets, "sagemaker", _launch_sagemaker, "a training or processing job on Amazon SageMaker")
+    sagemaker_command.add_arguments(sagemaker)
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
     export.add_argument("source", nargs="?", metavar="RUN", help="a run folder, or RUN@STEP")
@@ -254,7 +257,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     _add_evaluate_arguments(evaluate)
 
     options, flags = parser.parse_known_args(arguments)
-    if flags and options.run not in (_prepare, _train, _launch_local):
+    if flags and options.run not in (_prepare, _train, _launch_local, _launch_sagemaker):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
     return options, flags
 
@@ -525,6 +528,10 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
     return launch([*files, *flags], _run_dir(options), options.processes, options.max_restarts)
+
+
+def _launch_sagemaker(options: argparse.Namespace, flags: list[str]) -> int:
+    return sagemaker_command.run(options, flags)
 
 
 def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:

@@ -727,7 +727,8 @@ def load(
         UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value, a channel that is
             not there.
     """
-    return resolve_channels(_load(config_class, files, flags), read_channels() if channels is None else channels)
+    loaded = load_unresolved(config_class, files, flags)
+    return resolve_channels(loaded, read_channels() if channels is None else channels)
 
 
 def read_channels() -> dict[str, str]:
@@ -779,7 +780,8 @@ def resolve_channels(content: Any, channels: Mapping[str, str], key: str = "") -
     return channels[match["name"]] + match["rest"]
 
 
-def _load(config_class: type, files: Sequence[str], flags: Sequence[str]) -> Any:
+def load_unresolved(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+    """As `load`, but `channel:NAME/…` stays as it is written."""
     contents = {file: _read_yaml(file) for file in files}
     for file, content in contents.items():
         _check(content, config_class, file)

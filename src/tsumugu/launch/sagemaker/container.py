@@ -1,7 +1,8 @@
 """The container's side: from the JSON files under /opt/ml to torchrun, and from the last checkpoint to a model.
 
 `start.sh` becomes this process, and torchrun's agent runs in it, so that the SIGTERM by which SageMaker stops a
-container reaches the workers. The run folder is /opt/ml/checkpoints, which SageMaker copies to S3 and back to every host.
+container reaches the workers. The run folder is /opt/ml/checkpoints, which SageMaker copies to S3 and back to every
+host.
 """
 
 import contextlib
