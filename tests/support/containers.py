@@ -82,11 +82,20 @@ def lay_out(root: Path, host: str, hosts: Sequence[str], recipe: Path) -> Path:
     return root
 
 
-def start(root: Path, port: int, command: Sequence[str] | None = None, **environment: str) -> subprocess.Popen:
-    """The entrypoint on one host, whose output goes to `root`.log."""
+def start(
+    root: Path, port: int, command: Sequence[str] = (), keep: Sequence[str] | None = None, **environment: str
+) -> subprocess.Popen:
+    """The entrypoint on one host, whose output goes to `root`.log.
+
+    Args:
+        root: In place of /opt/ml.
+        port: For the processes to find one another.
+        command: Default: this Python's module.
+        keep: What of this process's environment it has too; default: all.
+        environment: What it has besides.
+    """
     command = command or [sys.executable, "-m", "tsumugu.launch.sagemaker.container"]
-    environment = {ROOT: str(root), PORT: str(port), **environment}
-    with open(root.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
+    kept = {name: value for name, value in os.environ.items() if keep is None or name in keep}
+    given = kept | {ROOT: str(root), PORT: str(port)} | environment
+    with open(root.with_name(f"{root.name}.log"), "ab") as log:
+        return subprocess.Popen(command, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)

@@ -67,12 +67,12 @@ class Container:
         return self.root / "checkpoints"
 
 
-def main() -> int:
-    """Trains, and exports on the first host; the exit code is that of `tsumugu train`."""
+def main(stage: str = "train") -> int:
+    """Trains, and exports on the first host, or prepares; the exit code is that of `tsumugu train` or `prepare`."""
     root = Path(os.environ.get(ROOT, "/opt/ml"))
     with _last_lines() as lines:
         try:
-            code, reason = _run(read_container(root))
+            code, reason = _run(read_container(root)) if stage == "train" else _prepare(root)
         except UserError as error:
             code, reason = 2, str(error)
         except SignalException as error:  # the workers were given time to save, and said how far they came
@@ -113,10 +113,10 @@ def read_container(root: Path) -> Container:
 
 
 def write_failure(root: Path, reason: str) -> None:
-    """Leaves the reason where SageMaker looks for it; credentials in it are redacted."""
-    failure = root / "output" / "failure"
-    failure.parent.mkdir(parents=True, exist_ok=True)
-    failure.write_text(redact(" ".join(reason.split()))[:_REASON_CHARACTERS], encoding="utf-8")
+    """Leaves the reason where SageMaker looks for it, of training and of processing jobs; credentials are redacted."""
+    (root / "output").mkdir(parents=True, exist_ok=True)
+    for name in ("failure", "message"):
+        (root / "output" / name).write_text(redact(" ".join(reason.split()))[:_REASON_CHARACTERS], encoding="utf-8")
 
 
 def _run(container: Container) -> tuple[int, str]:
@@ -149,6 +149,21 @@ def _run(container: Container) -> tuple[int, str]:
             return code, ""
     if container.leads:
         _export(container)
+    return 0, ""
+
+
+def _prepare(root: Path) -> tuple[int, str]:
+    """A processing job's part: from the channels to a store, both in folders that SageMaker copies."""
+    from tsumugu.data.prepare import describe, prepare, warnings
+
+    inputs = root / "processing" / "input"
+    config.write_channels({path.name: str(path) for path in inputs.iterdir() if path.name != CODE_CHANNEL})
+    output = root / "processing" / "output" / "store"
+    flags = [f"--prepare.output={output}", "--prepare.executor=local"]
+    manifest = prepare(config.load(config.Preparation, [str(inputs / CODE_CHANNEL / "recipe.yaml")], flags).prepare)
+    for line in warnings(manifest):
+        print(f"tsumugu: warning: {line}", file=sys.stderr)
+    print(describe(manifest), flush=True)
     return 0, ""
 
 
@@ -248,4 +263,4 @@ def _error_line(lines: deque[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,159 @@
+"""`tsumugu launch sagemaker` without AWS: a real S3 client and real containers' processes around stand-ins.
+
+One job of two hosts is stopped by a user, goes on as another job, loses its hosts in the middle, and ends with what an
+uninterrupted run on one machine makes, bit for bit.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
+from support.containers import write_data
+from support.runs import figures
+
+from tsumugu.cli import main
+from tsumugu.export import export
+from tsumugu.launch.sagemaker import command
+from tsumugu.training.checkpoint import complete_steps
+
+ROLE = "arn:aws:iam::123456789012:role/tsumugu"
+IMAGE = f"123456789012.dkr.ecr.{REGION}.amazonaws.com/tsumugu:1"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """moto's URL, with a bucket."""
+    with moto() as url:
+        client("s3", url).create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
+        yield url
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
+    """A recipe of 160 steps, whose channel `data` lies in the bucket too."""
+    path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
+    content = yaml.safe_load(path.read_text())
+    content["train"]["max_steps"], content["checkpoint"] = 160, {"every": 10, "keep": 4}
+    path.write_text(yaml.safe_dump(content))
+    Bucket(s3).put(path.parent / "data", "s3://bucket/data")
+    return path
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """What the image lacks."""
+    folder = tmp_path_factory.mktemp("wheels")
+    wheel_of("jsonargparse", folder)
+    return folder
+
+
+@pytest.fixture
+def aws(s3, monkeypatch, tmp_path):
+    """The environment of a user, whose SageMaker is yet to be named."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "TSUMUGU_CHANNELS"):
+        monkeypatch.delenv(name, raising=False)
+    nowhere = {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    urls = {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in (CREDENTIALS | nowhere | urls).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "_PAUSE_SECONDS", 0.2)
+    return s3
+
+
+def flags(recipe: Path, **changes: str) -> list[str]:
+    """Of a launch on two hosts."""
+    given = {"config": str(recipe), "role": ROLE, "image": IMAGE, "bucket": "bucket", "max-hours": "1"}
+    given |= {"instance-type": "ml.g5.xlarge", "instance-count": "2", "channel": "data=s3://bucket/data"}
+    given |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return ["launch", "sagemaker", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def wait_for(happens, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def saved(bucket: Bucket, run: str) -> list[int]:
+    """Steps of which S3 has whole checkpoints."""
+    uri = f"s3://bucket/tsumugu/{run}/checkpoints"
+    names = bucket.keys(uri)
+    marked = [name.removesuffix("COMPLETE") for name in names if name.endswith("/COMPLETE")]
+    whole = [at for at in marked if all(at + file in names for file in json.loads(bucket.read(f"{uri}/{at}COMPLETE")))]
+    return sorted(int(at.split("/")[1].removeprefix("step-")) for at in whole)
+
+
+def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
+    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+):
+    local = tmp_path / "local"
+    straight = ["launch", "local", f"--config={recipe}", f"--run-dir={local}", "--processes=2"]
+    straight += [f"--channel=data={recipe.parent / 'data'}"]
+    reference = subprocess.Popen(
+        [sys.executable, "-m", "tsumugu", *straight], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
+    with SageMaker(tmp_path / "hosts", aws, image) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
+        assert main([*launch, "--detach"]) == 0
+        [first] = service.jobs.values()
+        wait_for(lambda: saved(bucket, "night") or first.status != "InProgress")
+        assert main(["launch", "sagemaker", "stop", first.name]) == 0
+        assert main(["launch", "sagemaker", "logs", first.name]) == 3
+        said = capsys.readouterr().out
+        assert "2 × ml.g5.xlarge for at most 1 h: at most 5.00 USD" in said
+        assert f"{first.name}: begins s3://bucket/tsumugu/night/" in said
+        assert "127.0.0.1| " in said
+        assert "interrupted, checkpoint saved at step" in said
+        stopped_at = saved(bucket, "night")[-1]
+        assert stopped_at < 100
+        assert not bucket.keys(first.model)
+
+        time.sleep(1.1)  # jobs are named by the second
+        launching = threading.Thread(
+            target=lambda: codes.append(main([*launch, "--spot", "--log_every_is_mine=1"][:-1]))
+        )
+        codes: list[int] = []
+        launching.start()
+        wait_for(lambda: len(service.jobs) == 2)
+        second = list(service.jobs.values())[1]
+        wait_for(lambda: saved(bucket, "night")[-1] >= stopped_at + 10 or second.status != "InProgress")
+        second.interrupting.set()
+        launching.join(timeout=300)
+        assert codes == [0]
+        assert (second.status, second.attempts) == ("Completed", 2)
+        assert f"{second.name}: goes on with s3://bucket/tsumugu/night/" in capsys.readouterr().out
+
+        assert main(["launch", "sagemaker", "status", second.name]) == 0
+        said = capsys.readouterr().out
+        last = figures_of(bucket, "night", tmp_path / "downloaded")[-2]
+        assert f"  loss {last['loss']:.6g}\n" in said
+        assert f"  model {second.model}\n" in said
+        for name, target in (("--output", "model"), ("--run-dir", "run")):
+            assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
+    assert reference.wait(timeout=200) == 0
+    assert figures(tmp_path / "run") == figures(local)
+    assert complete_steps(tmp_path / "run")[-1] == 160
+    export(str(local), tmp_path / "exported")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert json.loads((tmp_path / "model" / "certificate.json").read_text())["verified"]
+
+
+def figures_of(bucket: Bucket, run: str, folder: Path) -> list[dict]:
+    bucket.fetch(f"s3://bucket/tsumugu/{run}/checkpoints", folder)
+    return figures(folder)
