@@ -1,9 +1,13 @@
 """`launch sagemaker --dry-run`: the request, checked against botocore's own model, and what is refused before it."""
 
+import dataclasses
+import importlib.util
+import inspect
 import json
 import re
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,10 +16,11 @@ from support.runs import run_config
 
 from tsumugu.cli import main
 from tsumugu.errors import UserError
-from tsumugu.launch.sagemaker import check, package, request
+from tsumugu.launch.sagemaker import check, package, request, service
 from tsumugu.launch.sagemaker.site import SageMakerConfig, load_site
 from tsumugu.training.metrics import metric_definitions
 
+DOCUMENTS = Path(__file__).parents[2] / "docs" / "sagemaker"
 ROLE = "arn:aws:iam::123456789012:role/service-role/tsumugu"
 IMAGE = "763104351884.dkr.ecr.ap-northeast-1.amazonaws.com/pytorch:2.13-cu133-amzn2023-sagemaker"
 RECIPE = {
@@ -198,6 +203,13 @@ def test_training_ends_itself_before_sagemaker_ends_it(hours, given, then):
     assert request.adapt(recipe, {"d": "s3://b/d"}, hours).train.max_hours == then
 
 
+def test_a_checkpoint_more_stays_than_here():
+    """SageMaker deletes in S3 what is deleted in the container, where the next one may not be uploaded yet."""
+    for given, then in ((2, 3), (5, 5)):
+        recipe = run_config("channel:d", {"train.max_steps": 3, "model.preset": "tiny", "checkpoint.keep": given})
+        assert request.adapt(recipe, {"d": "s3://b/d"}, 1).checkpoint.keep == then
+
+
 def test_spot_without_checkpoints_is_refused(dry_run):
     assert "checkpoint.every" in dry_run("--spot", "--checkpoint.every=null")
 
@@ -293,3 +305,49 @@ def test_wheels_of_what_the_image_lacks_are_asked_for_without_torch(tmp_path, mo
     assert not any(re.match(r"(torch|datatrove)\b", word) for word in resolve)
     assert "--dry-run" in resolve
     assert [word for word in download if word.endswith("==1")] == ["peft==1"]
+
+
+def test_the_site_file_of_the_documentation_has_every_key_and_is_accepted(dry_run):
+    site = yaml.safe_load((DOCUMENTS / "site.yaml").read_text())["sagemaker"]
+    assert site.keys() == {field.name for field in dataclasses.fields(SageMakerConfig)}
+    changes = {"channel": "data=s3://our-models/data", "role": None, "image": None, "bucket": None}
+    made = dry_run("--channel=model=s3://our-models/rinna", site=site, **changes)
+    assert made["ResourceConfig"]["VolumeKmsKeyId"] == site["volume_kms_key"]
+
+
+def test_the_policies_of_the_documentation_allow_what_is_called():
+    allowed: set[str] = set()
+    for path in DOCUMENTS.glob("*.json"):
+        for statement in json.loads(path.read_text())["Statement"]:
+            assert statement["Effect"] == "Allow"
+            actions = statement["Action"]
+            allowed |= {actions} if isinstance(actions, str) else set(actions)
+            assert not any("*" in action for action in allowed)
+    called = set(re.findall(r"\.((?:create|describe|stop)_(?:training|processing)_job)\b", inspect.getsource(service)))
+    assert len(called) == 6
+    assert {f"sagemaker:{xform_back(name)}" for name in called} <= allowed
+    assert {
+        "iam:PassRole",
+        "sts:AssumeRole",
+        "logs:GetLogEvents",
+        "logs:DescribeLogStreams",
+        "s3:ListBucket",
+    } <= allowed
+
+
+def xform_back(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def test_the_endpoint_of_the_documentation_is_one_that_the_service_knows():
+    specification = importlib.util.spec_from_file_location("endpoint", DOCUMENTS / "endpoint.py")
+    assert specification
+    assert specification.loader
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    made = module.requests("mine", "s3://our-bucket/m", IMAGE, ROLE, "ml.g5.xlarge")
+    for operation, asked in made.items():
+        check.check_request(operation, asked)
+    wrong = module.requests("mine", "/m", IMAGE, ROLE, "ml.g5.xlarge")["CreateModel"]
+    with pytest.raises(UserError, match="S3Uri"):
+        check.check_request("CreateModel", wrong)

@@ -4,7 +4,9 @@ One job of two hosts is stopped by a user, goes on as another job, loses its hos
 uninterrupted run on one machine makes, bit for bit.
 """
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 from safetensors.torch import load_file
 from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
 from support.containers import write_data
@@ -92,7 +95,11 @@ def saved(bucket: Bucket, run: str) -> list[int]:
     uri = f"s3://bucket/tsumugu/{run}/checkpoints"
     names = bucket.keys(uri)
     marked = [name.removesuffix("COMPLETE") for name in names if name.endswith("/COMPLETE")]
-    whole = [at for at in marked if all(at + file in names for file in json.loads(bucket.read(f"{uri}/{at}COMPLETE")))]
+    whole = []
+    for at in marked:
+        with contextlib.suppress(ClientError):  # deleted since
+            files = json.loads(bucket.read(f"{uri}/{at}COMPLETE"))
+            whole += [at] * all(at + file in names for file in files)
     return sorted(int(at.split("/")[1].removeprefix("step-")) for at in whole)
 
 
@@ -307,7 +314,7 @@ def test_a_processing_job_makes_the_store_that_prepare_makes_here(
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main(launch) == 0
         [name] = service.jobs
-        assert "train 1" in capsys.readouterr().out
+        assert re.search(r"train \d+ documents", capsys.readouterr().out)
         assert main(["launch", "sagemaker", "download", name, "--output", str(tmp_path / "store")]) == 0
     made = tmp_path / "store"
     files = sorted(path.relative_to(local) for path in local.rglob("*.bin"))

@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     *(f"train.{key}" for key in ("micro_batch_size", "max_hours", "stop_after", "profile_steps", "memory_snapshot")),
     *(f"train.{key}" for key in ("log_every", "log_norms", "log_to", "hang_timeout")),
 }
+_KEPT = 3  # checkpoints at least
 _RETRIES = 3  # after the service's own errors
 
 
@@ -162,7 +163,7 @@ def _check_channel(job: Job, name: str, uri: str) -> None:
 
 
 def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
-    """The recipe as the container reads it: `model` in place of a hub's model, and an end in time for a checkpoint.
+    """The recipe as the container reads it: `model` in place of a hub's model, an end in time, and enough checkpoints.
 
     Raises:
         UserError: It has paths of this machine, or a credential, or channels that are not given.
@@ -175,6 +176,9 @@ def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
             recipe = dataclasses.replace(
                 recipe, model=dataclasses.replace(recipe.model, pretrained=f"channel:{MODEL_CHANNEL}")
             )
+        # what is deleted here is deleted in S3, where the one after it may not have arrived yet
+        kept = max(_KEPT, recipe.checkpoint.keep)
+        recipe = dataclasses.replace(recipe, checkpoint=dataclasses.replace(recipe.checkpoint, keep=kept))
         if recipe.train.max_hours is None:
             hours = round(max(max_hours - 0.25, 0.9 * max_hours), 4)  # the rest: wheels, the last upload, an export
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_hours=hours))
