@@ -40,10 +40,10 @@ def s3():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
-    """A recipe of 160 steps, whose channel `data` lies in the bucket too."""
+    """A recipe of 300 steps, whose channel `data` lies in the bucket too."""
     path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
     content = yaml.safe_load(path.read_text())
-    content["train"]["max_steps"], content["checkpoint"] = 160, {"every": 10, "keep": 4}
+    content["train"]["max_steps"], content["checkpoint"] = 300, {"every": 10, "keep": 4}
     path.write_text(yaml.safe_dump(content))
     Bucket(s3).put(path.parent / "data", "s3://bucket/data")
     return path
@@ -126,7 +126,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert "127.0.0.1| " in said, said
         assert "interrupted, checkpoint saved at step" in said
         stopped_at = saved(bucket, "night")[-1]
-        assert stopped_at < 100
+        assert stopped_at < 280
         assert not bucket.keys(first.model)
 
         time.sleep(1.1)  # jobs are named by the second
@@ -153,7 +153,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
             assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
     assert reference.wait(timeout=200) == 0
     assert figures(tmp_path / "run") == figures(local)
-    assert complete_steps(tmp_path / "run")[-1] == 160
+    assert complete_steps(tmp_path / "run")[-1] == 300
     export(str(local), tmp_path / "exported")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
     assert ours.keys() == theirs.keys()

@@ -151,10 +151,11 @@ class _Copy:
 
     def _look(self) -> dict[str, tuple[int, int]]:
         seen = {}
-        for path in self._folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.is_file():
-                    seen[str(path.relative_to(self._folder))] = (path.stat().st_size, path.stat().st_mtime_ns)
+        for folder, _, names in os.walk(self._folder):  # which passes over folders that are renamed meanwhile
+            for path in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    stat = path.stat()
+                    seen[str(path.relative_to(self._folder))] = (stat.st_size, stat.st_mtime_ns)
         return seen
 
     def copy(self) -> None:

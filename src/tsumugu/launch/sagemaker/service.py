@@ -271,24 +271,25 @@ def follow(service: Service, name: str, show: Callable[[str], None], pause: floa
         if ended:
             time.sleep(pause)  # the last lines come late
         with explained():
-            _show_lines(service, found["stage"], name, read, show)
+            _show_lines(service, found, name, read, show)
         if ended:
             return found
         time.sleep(pause)
 
 
 def _show_lines(
-    service: Service, stage: str, name: str, read: dict[str, str | None], show: Callable[[str], None]
+    service: Service, found: dict[str, Any], name: str, read: dict[str, str | None], show: Callable[[str], None]
 ) -> None:
     """Of every host what is new; `read` has the place in its stream."""
-    client, group = service.client("logs"), _LOGS[stage]
+    client, group = service.client("logs"), _LOGS[found["stage"]]
+    several = found["all"].get("ResourceConfig", {}).get("InstanceCount", 1) > 1
     try:
         streams = client.describe_log_streams(logGroupName=group, logStreamNamePrefix=f"{name}/")["logStreams"]
     except client.exceptions.ResourceNotFoundException:
         return
     names = sorted(stream["logStreamName"] for stream in streams)
     for stream in names:
-        host = f"{stream.removeprefix(f'{name}/').rpartition('-')[0]}| " if len(names) > 1 else ""
+        host = f"{stream.removeprefix(f'{name}/').rpartition('-')[0]}| " if several else ""
         while True:
             token = {"nextToken": read[stream]} if read.get(stream) else {}
             events = client.get_log_events(logGroupName=group, logStreamName=stream, startFromHead=True, **token)
