@@ -40,10 +40,10 @@ def s3():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
-    """A recipe of 300 steps, whose channel `data` lies in the bucket too."""
+    """A recipe of 240 steps, whose channel `data` lies in the bucket too."""
     path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
     content = yaml.safe_load(path.read_text())
-    content["train"]["max_steps"], content["checkpoint"] = 300, {"every": 10, "keep": 4}
+    content["train"]["max_steps"], content["checkpoint"] = 240, {"every": 10, "keep": 4}
     path.write_text(yaml.safe_dump(content))
     Bucket(s3).put(path.parent / "data", "s3://bucket/data")
     return path
@@ -71,7 +71,7 @@ def aws(s3, monkeypatch, tmp_path):
     urls = {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true"}
     for name, value in (CREDENTIALS | nowhere | urls).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(command, "_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(command, "_PAUSE_SECONDS", 0.5)
     return s3
 
 
@@ -87,7 +87,7 @@ def wait_for(happens, seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.2)
 
 
 def saved(bucket: Bucket, run: str) -> list[int]:
@@ -107,11 +107,9 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
     recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
 ):
     local = tmp_path / "local"
-    straight = ["launch", "local", f"--config={recipe}", f"--run-dir={local}", "--processes=2"]
-    straight += [f"--channel=data={recipe.parent / 'data'}"]
-    reference = subprocess.Popen(
-        [sys.executable, "-m", "tsumugu", *straight], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    straight = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tsumugu"]
+    straight += ["train", f"--config={recipe}", f"--run-dir={local}", f"--channel=data={recipe.parent / 'data'}"]
+    reference = subprocess.Popen(straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
     with SageMaker(tmp_path / "hosts", aws, image) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
@@ -126,7 +124,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert "127.0.0.1| " in said, said
         assert "interrupted, checkpoint saved at step" in said
         stopped_at = saved(bucket, "night")[-1]
-        assert stopped_at < 280
+        assert stopped_at < 220
         assert not bucket.keys(first.model)
 
         time.sleep(1.1)  # jobs are named by the second
@@ -153,7 +151,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
             assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
     assert reference.wait(timeout=200) == 0
     assert figures(tmp_path / "run") == figures(local)
-    assert complete_steps(tmp_path / "run")[-1] == 300
+    assert complete_steps(tmp_path / "run")[-1] == 240
     export(str(local), tmp_path / "exported")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
     assert ours.keys() == theirs.keys()

@@ -224,7 +224,7 @@ class _Job:
             if asked_at is not None and time.monotonic() > asked_at + 120:
                 for process in processes:
                     _kill(process)
-            time.sleep(0.1)
+            time.sleep(0.2)
         self.secondary = "Uploading"
         for copy, root in zip(copies, roots, strict=True):
             copy.copy()

@@ -129,10 +129,19 @@ def _run(container: Container) -> tuple[int, str]:
     processes = torch.cuda.device_count() or 1
     prepare_environment(processes, _SHUTDOWN_SECONDS)
     _wait_for_name(container.hosts[0])
-    run_dir = str(container.run_dir)
+    node, port = container.hosts.index(container.host), int(os.environ.get(PORT, 29500))
+    launch_config = LaunchConfig(
+        min_nodes=len(container.hosts),
+        max_nodes=len(container.hosts),
+        nproc_per_node=processes,
+        run_id="tsumugu",
+        rdzv_backend="static",  # ranks are in the order of the hosts
+        rdzv_endpoint=f"{container.hosts[0]}:{port}",
+        rdzv_configs={"rank": node, "timeout": _RENDEZVOUS_SECONDS},
+        max_restarts=0,
+    )
     code, rank = run_workers(
-        _launch_config(container, processes, 0),
-        *("tsumugu", "train", f"--config={container.recipe}", f"--run-dir={run_dir}"),
+        launch_config, *("tsumugu", "train", f"--config={container.recipe}", f"--run-dir={container.run_dir}")
     )
     if code == INTERRUPTED:
         from tsumugu.training.checkpoint import complete_steps  # seconds, for which stopping need not wait otherwise
@@ -144,9 +153,9 @@ def _run(container: Container) -> tuple[int, str]:
         print(f"tsumugu: rank {rank} ended first, with {code}", file=sys.stderr, flush=True)
         return code, ""
     if len(container.hosts) > 1:
-        code, _ = run_workers(_launch_config(container, 1, 1), "tsumugu.launch.sagemaker.gather", run_dir)
-        if code:
-            return code, ""
+        from tsumugu.launch.sagemaker.gather import gather
+
+        gather(container.run_dir, node, len(container.hosts), container.hosts[0], port + 1)
     if container.leads:
         _export(container)
     return 0, ""
@@ -165,23 +174,6 @@ def _prepare(root: Path) -> tuple[int, str]:
         print(f"tsumugu: warning: {line}", file=sys.stderr)
     print(describe(manifest), flush=True)
     return 0, ""
-
-
-def _launch_config(container: Container, processes: int, group: int) -> LaunchConfig:
-    """Ranks in the order of the hosts, around the first one's port of this group."""
-    return LaunchConfig(
-        min_nodes=len(container.hosts),
-        max_nodes=len(container.hosts),
-        nproc_per_node=processes,
-        run_id=f"tsumugu-{group}",
-        rdzv_backend="static",
-        rdzv_endpoint=f"{container.hosts[0]}:{int(os.environ.get(PORT, 29500)) + group}",
-        rdzv_configs={
-            "rank": container.hosts.index(container.host),
-            "timeout": _RENDEZVOUS_SECONDS,
-        },
-        max_restarts=0,
-    )
 
 
 def _wait_for_name(host: str) -> None:
@@ -263,4 +255,6 @@ def _error_line(lines: deque[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    ended_with = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(ended_with)  # as `tsumugu.cli.main` does under torchrun, and for its reason
