@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--site", metavar="FILE", help="the platform team's file: VPC, keys, tags, prices …")
     parser.add_argument("--region", metavar="NAME", help="default: as of the AWS command line")
-    parser.add_argument("--volume-gb", type=_above_zero(int), default=500, metavar="N", help="per host (default: 500)")
+    parser.add_argument("--volume-gb", type=_above_zero(int), default=100, metavar="N", help="per host (default: 100)")
     parser.add_argument(
         "--keep-alive-minutes", type=_above_zero(int), metavar="N", help="hosts wait so long for the next job"
     )

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -255,6 +256,8 @@ def _error_line(lines: deque[str]) -> str:
 
 
 if __name__ == "__main__":
+    # until torchrun's agent has its own handler; a container's first process ignores what it has none for
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     ended_with = main(*sys.argv[1:])
     sys.stdout.flush()
     os._exit(ended_with)  # as `tsumugu.cli.main` does under torchrun, and for its reason

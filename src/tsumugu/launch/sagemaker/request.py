@@ -49,7 +49,7 @@ class Job:
         channels: S3 or FSx URI by name.
         max_hours: After which SageMaker stops the job.
         spot: Whether on spare capacity that may be taken away, for at most max_wait_hours in all.
-        volume_gb: Of each host's volume (hosts with disks of their own use those).
+        volume_gb: Of each host's volume (hosts with disks of their own use those, and refuse more than they have).
         keep_alive_minutes: For which hosts wait for the next job of the same kind.
         input_mode: File, or FastFile: S3 channels are read while training goes on.
         site: The platform team's file.
@@ -68,7 +68,7 @@ class Job:
     max_hours: float
     spot: bool = False
     max_wait_hours: float | None = None
-    volume_gb: int = 500
+    volume_gb: int = 100
     keep_alive_minutes: int | None = None
     input_mode: str = "File"
     site: SageMakerConfig = dataclasses.field(default_factory=SageMakerConfig)
