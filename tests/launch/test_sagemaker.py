@@ -221,8 +221,8 @@ def test_what_is_missing_in_s3_is_one_line_before_anything_is_started(service, r
     assert "channel:data: s3://bucket/dta holds nothing" in line(flags(short, channel="data=s3://bucket/dta"))
     said = line([*flags(short), "--data.store=channel:data/nothing"])
     assert "channel:data/nothing: s3://bucket/data/nothing holds nothing" in said
-    assert "--bucket" in line(flags(short, channel="data=s3://nobodys-bucket/data"))
-    assert "--bucket" in line(flags(short, bucket="nobodys-bucket", wheels="none"))
+    for changes in ({"channel": "data=s3://nobodys-bucket/data"}, {"bucket": "nobodys-bucket"}):
+        assert "bucket nobodys-bucket: " in line(flags(short, wheels="none", **changes))
     assert not service.jobs
 
 

@@ -90,7 +90,8 @@ def _explain(error: dict[str, str], operation: str) -> UserError:
         )
     if code in ("NoSuchBucket", "PermanentRedirect", "301", "404"):
         return UserError(
-            f"--bucket: {words or code}", "name a bucket of this region that exists: aws s3 mb s3://NAME makes one"
+            f"bucket {error.get('BucketName', '')}: {words or code}",
+            "name one of this region that exists: aws s3 mb s3://NAME makes one",
         )
     if code == "ResourceInUse":
         return UserError(f"there is a job of that name: {words}", "wait a second and start it again")
