@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tsumugu import __version__
 from tsumugu.errors import UserError
+from tsumugu.launch.sagemaker import command as sagemaker_command
 
 # What the user can mend; other errors of the system are shown whole.
 _FAULTS_OF_PATHS_AND_DISKS = (
@@ -23,6 +24,7 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_CHANNEL = "what channel:NAME stands for in a configuration; may be given several times"
 _PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
 
 
@@ -159,6 +161,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="show what would be done to N documents of each source",
     )
+    prepare.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
@@ -191,6 +194,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="start again from the newest checkpoint after a process has died, so often (default: 0)",
     )
     local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
+    sagemaker = command(targets, "sagemaker", _launch_sagemaker, "a training or processing job on Amazon SageMaker")
+    sagemaker_command.add_arguments(sagemaker)
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
     export.add_argument("source", nargs="?", metavar="RUN", help="a run folder, or RUN@STEP")
@@ -261,7 +266,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     _add_plan_arguments(plan)
 
     options, flags = parser.parse_known_args(arguments)
-    if flags and options.run not in (_prepare, _train, _launch_local, _plan):
+    if flags and options.run not in (_prepare, _train, _launch_local, _launch_sagemaker, _plan):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
     return options, flags
 
@@ -269,6 +274,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
+    parser.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
@@ -345,6 +351,16 @@ def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+class _Channel(argparse.Action):
+    """Leaves a channel where this process, and those that it starts, look for them."""
+
+    def __call__(self, _parser, _namespace, text, *_):
+        from tsumugu import config
+
+        name, path = config.split_channel(text)
+        config.write_channels(config.read_channels() | {name: path})
 
 
 class _Keys(argparse.Action):
@@ -541,6 +557,10 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
     return launch([*files, *flags], _run_dir(options), options.processes, options.max_restarts)
+
+
+def _launch_sagemaker(options: argparse.Namespace, flags: list[str]) -> int:
+    return sagemaker_command.run(options, flags)
 
 
 def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:
