@@ -104,7 +104,10 @@ def is_recomputed(index: int, config: ParallelConfig) -> bool:
 
 
 def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     def fits(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
