@@ -6,14 +6,11 @@ from tsumugu.config import ParallelConfig
 from tsumugu.errors import UserError
 
 
-def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> DeviceMesh:
-    """The mesh with axes (replicate, shard), whose degrees multiply to the world size.
-
-    With parallel.tensor_degree above 1 it has a third axis, tensor, whose processes follow one another in rank: they
-    are on one host where the degree divides its processes.
+def degrees(config: ParallelConfig, world_size: int) -> dict[str, int]:
+    """The degree of every axis of the mesh, by name, for so many processes.
 
     Raises:
-        UserError: Degrees that do not.
+        UserError: Degrees that do not multiply to the world size.
     """
     tensor = config.tensor_degree
     rows = max(1, world_size // tensor)
@@ -26,5 +23,17 @@ def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> Dev
             f"{world_size}",
             "choose degrees whose product is the number of processes",
         )
-    degrees = {"replicate": replicate, "shard": shard} | ({"tensor": tensor} if tensor > 1 else {})
-    return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+    return {"replicate": replicate, "shard": shard} | ({"tensor": tensor} if tensor > 1 else {})
+
+
+def build_mesh(config: ParallelConfig, world_size: int, device_type: str) -> DeviceMesh:
+    """The mesh with axes (replicate, shard), whose degrees multiply to the world size.
+
+    With parallel.tensor_degree above 1 it has a third axis, tensor, whose processes follow one another in rank: they
+    are on one host where the degree divides its processes.
+
+    Raises:
+        UserError: Degrees that do not.
+    """
+    axes = degrees(config, world_size)
+    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
