@@ -18,7 +18,6 @@ from support import slurm as support
 from support.models import tiny_config
 from support.runs import figures, run_config
 from support.stores import random_documents, write_store
-
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tsumugu import config
