@@ -8,6 +8,7 @@ import contextlib
 import errno
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -500,6 +501,9 @@ def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    if "SLURM_STEP_ID" in os.environ:
+        # Slurm may ask to stop before training listens: there is nothing to save then, and the job is to queue again
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
     from tsumugu import config
     from tsumugu.training.trainer import train
 

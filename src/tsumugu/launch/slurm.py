@@ -85,9 +85,7 @@ def launch(
         raise UserError(f"sbatch refuses {folder / _SCRIPT}: {said}", "mend the file of --site, or the flags")
     job = done.stdout.strip().split(";")[0]
     (folder / SLURM_JOBS).write_text(job)
-    return (
-        f"submitted as job {job}; it says what it does in {run_dir}/logs/slurm-{job}.log, its processes in rank-N.log"
-    )
+    return f"submitted as job {job}; logs are in {run_dir}/logs: slurm-{job}.log, and rank-N.log of every process"
 
 
 def job_script(
