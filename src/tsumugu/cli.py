@@ -501,7 +501,7 @@ def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
-    if "SLURM_STEP_ID" in os.environ:
+    if "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         # Slurm may ask to stop before training listens: there is nothing to save then, and the job is to queue again
         signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
     from tsumugu import config
