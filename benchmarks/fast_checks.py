@@ -9,6 +9,7 @@ Exit code 1 where something is off.
 """
 
 import copy
+import importlib.util
 import sys
 import tempfile
 import warnings
@@ -75,7 +76,7 @@ def check_masters() -> None:
         total, gradients = torch.full_like(master, torch.nan), torch.randn(2, size, device="cuda").bfloat16()
         for index in (0, 1):
             triton_kernels.accumulate(total, gradients[index], index == 0)
-        check(f"accumulated, {size}", (total - gradients[0].float() - gradients[1].float()).abs().max().item(), 0)
+        check(f"accumulated, {size}", (total - (gradients[0].float() + gradients[1].float())).abs().max().item(), 0)
 
 
 def check_head() -> None:
@@ -108,14 +109,16 @@ def check_head() -> None:
             for what, found, wanted, theirs in zip(
                 ("hidden states", "weight"), (states.grad, weight.grad), exact, whole, strict=False
             ):
-                # 16 bits alone are off by 2^-9 at most, and torch's own way rounds as well
-                check(f"{name}: d {what} (torch: {apart(theirs, wanted):.2g})", apart(found, wanted), 2.5e-3)
+                # the weight's is in float32; that of hidden states is rounded to 16 bits twice, as torch's own is
+                of_torch = apart(theirs, wanted)
+                allowed = 1e-3 if what == "weight" and tokens > 1000 else 1.3 * of_torch
+                check(f"{name}: d {what} (torch: {of_torch:.2g})", apart(found, wanted), allowed)
         cross_entropy.LOGITS_AT_A_TIME = 2**27
     weight = torch.zeros(1000, 64, device="cuda")
-    cross_entropy._add_product(
+    cross_entropy.add_product(
         weight, torch.ones(3000, 1000, device="cuda").bfloat16(), torch.ones(3000, 64).cuda().bfloat16()
     )
-    cross_entropy._add_product(
+    cross_entropy.add_product(
         weight, torch.ones(3000, 1000, device="cuda").bfloat16(), torch.ones(3000, 64).cuda().bfloat16()
     )
     check("products are summed in float32", (weight - 6000).abs().max().item(), 0)
@@ -175,6 +178,13 @@ def check_runs(folder: Path) -> None:
         if name == "gpt_neox":
             print("\n".join(paths))
         check(f"{name}: losses of {STEPS} steps", float(np.abs(fast / plain - 1).max()), 2e-3)
+        if importlib.util.find_spec("torchao"):
+            for recipe in ("tensorwise", "rowwise"):
+                in_fp8, _, paths = take(run_of(folder, name, parallel__fp8=recipe), folder / f"{name} {recipe}")
+                print(paths[1])
+                check(
+                    f"{name}: losses of {STEPS} steps in fp8, {recipe}", float(np.abs(in_fp8 / plain - 1).max()), 1e-2
+                )
         exact, _, _ = take(run_of(folder, name, train__dtype="float32", parallel__compile=False), folder / f"{name} 32")
         distances = [f"{np.abs(losses / exact - 1).max():.2g}" for losses in (plain, fast)]
         print(f"       from float32: fsdp {distances[0]}, fast {distances[1]}")

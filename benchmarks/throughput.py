@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py --preset 3.6b                       # the rows below, one Markdown table
     python benchmarks/throughput.py --preset 1b --row "fast micro=8" --row "hf micro=8"
+    python benchmarks/throughput.py --preset llama-7b --layers 8 --sizes '{"num_key_value_heads": 8}'     # other shapes
     python benchmarks/throughput.py --preset tiny --quick                # a CPU will do: does it run?
 
 Every row trains the same shape on the same random tokens, four micro batches a step, in a process of its own, which may
@@ -9,16 +10,20 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
 `fast micro=4 budget=0.6`:
 
     way         fast: what tsumugu does by itself; fsdp: FSDP2 over the one process (parallel.fsdp true);
-                hf: transformers' Trainer with fused AdamW, bf16 autocast and torch.compile
+                hf: transformers' Trainer with fused AdamW, bf16 autocast and torch.compile;
+                litgpt: its model in the loop of its `pretrain` (Fabric bf16-mixed, torch.compile), if installed
     micro=N     rows a micro batch
     recompute=  none | selective | full (hf: full is gradient_checkpointing)
     budget=X    parallel.activation_memory_budget
+    fp8=X       parallel.fp8: tensorwise | rowwise
+    sums=0      weights' gradients are added to their sums by passes of their own
     chunk=N     2^N logits at a time; 0: whole logits (parallel.chunked_loss false)
     triton=0    torch's operations in place of the kernels in Triton
     masks=1     transformers looks for masks, and the host waits for the device
     attention=  flash | cudnn: that kernel alone
     inductor=X  a switch of torch._inductor.config that is turned on, such as max_autotune_gemm
-    liger=1     hf: with Liger's kernels, where they are installed and know the model
+    liger=1     hf: with Liger's kernels, where they are installed and know the model, and without torch.compile, which
+                fails on them (torch 2.11, Liger 0.8.5)
 
 MFU is by the design's convention (`model.flops`). Milliseconds are of a micro batch's forward and backward pass and of
 what comes after the last (norm, clipping, optimizer), by CUDA events. --out keeps every row's JSON and log, in which
@@ -29,22 +34,26 @@ import argparse
 import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROWS = {
     "3.6b": [
-        "hf micro=2", "fsdp micro=2 chunk=0 masks=1", "fast micro=2 chunk=0 masks=1 triton=0",
-        "fast micro=2 chunk=0 masks=1", "fast micro=2 chunk=0", "fast micro=2", "fast micro=3", "fast micro=4",
+        "hf micro=2", "hf micro=8 recompute=full", "litgpt micro=2", "fsdp micro=2 chunk=0 masks=1",
+        "fast micro=2 chunk=0 masks=1 triton=0 sums=0", "fast micro=2 chunk=0 masks=1 sums=0",
+        "fast micro=2 chunk=0 sums=0", "fast micro=2 sums=0", "fast micro=2", "fast micro=3", "fast micro=3 sums=0",
         "fast micro=4 budget=0.8", "fast micro=4 budget=0.6", "fast micro=3 attention=flash",
-        "fast micro=3 attention=cudnn",
+        "fast micro=3 attention=cudnn", "fast micro=4 fp8=tensorwise", "fast micro=4 fp8=rowwise",
     ],
     "1b": [
-        "hf micro=8", "fsdp micro=8 chunk=0 masks=1", "fast micro=8 chunk=0 masks=1", "fast micro=8",
-        "fast micro=8 chunk=28", "fast micro=12", "fast micro=16 budget=0.7", "fast micro=8 attention=flash",
+        "hf micro=8", "litgpt micro=8", "fsdp micro=8 chunk=0 masks=1", "fast micro=8 chunk=0 masks=1 sums=0",
+        "fast micro=8 sums=0", "fast micro=8", "fast micro=8 attention=flash", "fast micro=8 attention=cudnn",
+        "fast micro=12", "fast micro=16 budget=0.7", "fast micro=8 fp8=tensorwise",
     ],
 }  # fmt: skip
 OTHERS = ["hf micro=2", "hf micro=2 liger=1", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
@@ -96,12 +105,15 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
     from tsumugu.distributed.environment import process_group
     from tsumugu.kernels import cross_entropy, masters
     from tsumugu.model import attention
+    from tsumugu.training import trainer as trainer_module
     from tsumugu.training.trainer import Trainer
 
     chunk = int(options.get("chunk", 27))
     cross_entropy.LOGITS_AT_A_TIME = 2**chunk
     if options.get("triton") == "0":
         cross_entropy.fused = masters.fused = lambda tensor: False
+    if options.get("sums") == "0":
+        trainer_module.sum_in_products = lambda module, sums: None
     if options.get("masks") == "1":
         attention.without_masks = lambda model: None
     micro = int(options.get("micro", 1))
@@ -118,6 +130,7 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
             fsdp=True if way == "fsdp" else None,
             chunked_loss=None if chunk else False,
             activation_checkpointing=options.get("recompute", "none"),  # type: ignore[arg-type]
+            fp8=options.get("fp8"),  # type: ignore[arg-type]
             activation_memory_budget=float(options["budget"]) if "budget" in options else None,
         ),
         checkpoint=config.CheckpointConfig(),
@@ -246,7 +259,8 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
         args=TrainingArguments(
             output_dir=str(arguments.out / "hf"), max_steps=steps, per_device_train_batch_size=micro,
             gradient_accumulation_steps=MICRO_BATCHES, bf16=torch.cuda.is_available(),
-            torch_compile=torch.cuda.is_available(), optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
+            torch_compile=torch.cuda.is_available() and options.get("liger") != "1",
+            optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
             adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
             save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
             gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",
@@ -255,6 +269,52 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
     loss = trainer.train().training_loss
     seconds = (clock[steps] - clock[arguments.warm]) / arguments.steps
     return figures(model, micro, seconds, arguments) | {"loss": loss}
+
+
+def of_litgpt(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures litgpt's GPT-NeoX in the steps that its `pretrain.fit` takes."""
+    import lightning
+    import torch
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape, micro = AutoConfig.from_pretrained(arguments.out / "model"), int(options.get("micro", 1))
+    fabric = lightning.Fabric(devices=1, precision="bf16-mixed")
+    with fabric.init_module(empty_init=False):
+        model = GPT(
+            Config(
+                block_size=arguments.length, n_layer=shape.num_hidden_layers, n_embd=shape.hidden_size,
+                n_head=shape.num_attention_heads, padded_vocab_size=shape.vocab_size, rotary_percentage=1.0,
+                parallel_residual=shape.use_parallel_residual, bias=True, lm_head_bias=False,
+                intermediate_size=shape.intermediate_size, mlp_class_name="GptNeoxMLP", norm_class_name="LayerNorm",
+            )
+        )  # fmt: skip
+    model = fabric.setup(torch.compile(model))
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    )
+    draw = torch.Generator().manual_seed(SEED)
+    loss = torch.zeros(())
+    for step in range(arguments.warm + arguments.steps):
+        if step == arguments.warm:
+            torch.cuda.synchronize()
+            reset_peak()
+            started = time.perf_counter()
+        for number in range(MICRO_BATCHES):
+            ids = torch.randint(4, arguments.vocabulary, (micro, arguments.length + 1), generator=draw).cuda()
+            with fabric.no_backward_sync(model, enabled=number < MICRO_BATCHES - 1):
+                loss = chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:], chunk_size=0)
+                fabric.backward(loss / MICRO_BATCHES)
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - started) / arguments.steps
+    with torch.device("meta"):
+        alike = AutoModelForCausalLM.from_config(shape)
+    return figures(alike, micro, seconds, arguments) | {"loss": loss.item()}
 
 
 def reset_peak() -> None:
@@ -295,7 +355,12 @@ def one_row(row: str, arguments: argparse.Namespace) -> None:
         from torch._inductor import config as inductor
 
         setattr(inductor, options["inductor"], True)
-    result = of_transformers(options, arguments) if way == "hf" else of_tsumugu(way, options, arguments)
+    if way == "hf":
+        result = of_transformers(options, arguments)
+    elif way == "litgpt":
+        result = of_litgpt(options, arguments)
+    else:
+        result = of_tsumugu(way, options, arguments)
     (arguments.out / f"{file_name(row)}.json").write_text(json.dumps({"row": row, **result}, indent=1))
 
 
@@ -314,7 +379,37 @@ def prepare(arguments: argparse.Namespace) -> None:
     model_config = preset_config(arguments.preset, read_contract(arguments.out / "store" / "tokenizer"))
     if arguments.layers:
         model_config.num_hidden_layers = arguments.layers
+    for name, size in json.loads(arguments.sizes).items():
+        setattr(model_config, name, size)
     model_config.save_pretrained(arguments.out / "model")
+
+
+def in_a_process(row: str, gpu: int, left: float, arguments: argparse.Namespace) -> str:
+    """Measures one row within `left` seconds; how it ended."""
+    if left < 30:
+        return "not measured"
+    started = time.monotonic()
+    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
+    if arguments.gpus > 1:
+        environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    file, log = (arguments.out / f"{file_name(row)}.{kind}" for kind in ("json", "log"))
+    file.unlink(missing_ok=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--out", str(arguments.out), "--one", row]
+    with open(log, "w") as stream:
+        try:
+            limit = min(arguments.limit, left)
+            code = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, env=environment
+            ).returncode
+            text = log.read_text(errors="replace")
+            end = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            end = "stopped"
+    said = f"{json.loads(file.read_text())['tokens_per_second']:,.0f} tokens/s" if file.exists() else end
+    print(f"{row}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    if not file.exists():
+        print("    " + "\n    ".join(log.read_text(errors="replace").strip().splitlines()[-4:]), flush=True)
+    return end
 
 
 def cell(value: Any, form: str) -> str:
@@ -354,6 +449,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="3.6b", help="a shape of model.presets")
     parser.add_argument("--layers", type=int, help="another number of decoder layers")
+    parser.add_argument("--sizes", default="{}", help="JSON: other values of the model's configuration")
     parser.add_argument("--row", action="append", help="a row to measure, in place of the preset's; may be repeated")
     parser.add_argument("--only", action="append", help="of the preset's rows those with this text")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
@@ -362,6 +458,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="steps measured")
     parser.add_argument("--limit", type=float, default=120, help="seconds of one row")
     parser.add_argument("--total", type=float, default=570, help="seconds of all; rows after that are left out")
+    parser.add_argument("--gpus", type=int, default=1, help="rows measured at a time, each on a GPU of its own")
     parser.add_argument("--quick", action="store_true", help="short rows and two steps")
     parser.add_argument("--out", type=Path, help="a folder for JSON and logs")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -376,36 +473,17 @@ def main() -> None:
     rows = arguments.row or ROWS.get(arguments.preset, OTHERS)
     rows = [row for row in rows if not arguments.only or any(text in row for text in arguments.only)]
     began, ended = time.monotonic(), {}
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
-    for row in rows:
-        left = arguments.total - (time.monotonic() - began)
-        if left < 30:
-            ended[row] = "not measured"
-            continue
-        started = time.monotonic()
-        (arguments.out / f"{file_name(row)}.json").unlink(missing_ok=True)
-        passed = [argument for argument in sys.argv[1:] if argument != "--quick"]
-        command = [sys.executable, __file__, *passed, "--out", str(arguments.out), "--one", row]
-        command += ["--quick"] if arguments.quick else []
-        log = arguments.out / f"{file_name(row)}.log"
-        with open(log, "w") as stream:
-            try:
-                code = subprocess.run(
-                    command,
-                    stdout=stream,
-                    stderr=subprocess.STDOUT,
-                    timeout=min(arguments.limit, left),
-                    env=environment,
-                ).returncode
-                text = log.read_text(errors="replace")
-                ended[row] = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                ended[row] = "stopped"
-        file = arguments.out / f"{file_name(row)}.json"
-        said = f"{json.loads(file.read_text())['tokens_per_second']:,.0f} tokens/s" if file.exists() else ended[row]
-        print(f"{row}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
-        if not file.exists():
-            print("    " + "\n    ".join(log.read_text(errors="replace").strip().splitlines()[-4:]), flush=True)
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(arguments.gpus):
+        free.put(gpu)
+
+    def measure(row: str) -> None:
+        gpu = free.get()
+        ended[row] = in_a_process(row, gpu, arguments.total - (time.monotonic() - began), arguments)
+        free.put(gpu)
+
+    with ThreadPoolExecutor(arguments.gpus) as pool:
+        list(pool.map(measure, rows))
     show(rows, arguments, ended)
 
 

@@ -552,7 +552,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of the device mesh, and what is traded for memory or speed; no option changes what is learned."""
+    """Degrees of the device mesh, and what is traded for memory or speed; but for fp8, none changes what is learned."""
 
     shard_degree: int | None = None
     """Devices over which parameters, gradients and optimizer state are sharded; default: all."""
@@ -574,6 +574,8 @@ class ParallelConfig:
     """torch.compile of every decoder layer; default: on GPUs where it can, not on CPUs."""
     activation_memory_budget: float | None = None
     """With compile: the share (0 to 1) of what backward needs of layers that is kept; the cheapest is recomputed."""
+    fp8: Literal["tensorwise", "rowwise"] | None = None
+    """Matrix products of decoder layers in fp8 by torchao, scaled by tensor or by row: faster, and other numbers."""
     chunked_loss: bool | None = None
     """Head and loss over chunks of tokens, so that logits are never whole in memory; default: where that is exact."""
     offload_activations: bool = False
@@ -587,6 +589,10 @@ class ParallelConfig:
         budget = self.activation_memory_budget
         if budget is not None and not 0 <= budget <= 1:
             raise UserError(f"parallel.activation_memory_budget is {budget}", "use a number from 0 to 1")
+        if self.tensor_degree > 1 and self.fp8:
+            raise UserError(
+                "parallel.fp8 does not know layers split by parallel.tensor_degree", "leave one of them out"
+            )
         if self.tensor_degree > 1 and self.offload_activations:
             raise UserError(
                 "parallel.offload_activations cannot move what a model split by tensor_degree keeps",
@@ -740,6 +746,17 @@ class TrainingRun:
                 "model.lora does not go with parallel.tensor_degree: transformers' plans do not split adapters",
                 "set parallel.tensor_degree to 1; adapters and frozen weights are sharded by parallel.shard_degree",
             )
+        if self.parallel.fp8 and self.model.lora.rank is not None:
+            raise UserError(
+                "parallel.fp8 is set beside model.lora, whose frozen weights it does not serve", "leave it out"
+            )
+        if self.parallel.fp8 and self.data.packing in ("pad_left", "pad_right"):
+            raise UserError(
+                f"parallel.fp8 needs rows of one length, which data.packing {self.data.packing} does not make",
+                "set data.packing to best_fit, or leave parallel.fp8 out",
+            )
+        if self.parallel.fp8 and self.data.sequence_length % 16:
+            raise UserError("parallel.fp8 needs a data.sequence_length that is a multiple of 16", "change it")
         if len(self.data.stores) > 1 and self.train.max_epochs is not None:
             raise UserError(
                 "train.max_epochs is set with several stores, of which each has its own epochs",

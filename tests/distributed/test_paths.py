@@ -2,7 +2,7 @@
 
 import pytest
 
-from tsumugu.config import ParallelConfig
+from tsumugu.config import ParallelConfig, TrainingRun, load
 from tsumugu.distributed import paths
 from tsumugu.distributed.paths import Device
 from tsumugu.errors import UserError
@@ -47,7 +47,7 @@ def test_gpus_since_ampere_compute_in_bfloat16_with_flash_attention_compiled(nam
     lines = said(DEVICES[name])
     assert lines["device"].startswith(DEVICES[name].name)
     assert lines["dtype"] == "bfloat16 (a GPU of compute capability 8.0 or more)"
-    assert "flash attention where no row is padded" in lines["attention"]
+    assert "fused attention where no row is padded" in lines["attention"]
     assert lines["compile"] == "every decoder layer (a GPU of compute capability 7.0 or more)"
     assert lines["optimizer"] == "fused AdamW, on the GPU"
     assert (lines["recomputation"], lines["offloading"]) == ("none", "none")
@@ -103,7 +103,7 @@ def test_a_cpu_computes_in_float32_uncompiled_and_has_nothing_to_offload_to():
 def test_a_gpu_before_ampere_falls_back_to_float32_and_says_so_where_it_is_asked_for_bfloat16():
     lines = said(DEVICES["T4"])
     assert lines["dtype"] == "float32 (bfloat16 needs compute capability 8.0)"
-    assert lines["attention"] == "sdpa (no flash attention: float32 on compute capability 7.5)"
+    assert lines["attention"] == "sdpa (no fused attention: float32 on compute capability 7.5)"
     assert "emulated" in said(DEVICES["T4"], "bfloat16")["dtype"]
     assert said(DEVICES["T4"], "float16")["dtype"] == "float16 (train.dtype; with a dynamic loss scale)"
 
@@ -144,3 +144,36 @@ def test_layers_split_by_tensor_parallelism_are_compiled_where_torch_can(monkeyp
         decide(ParallelConfig(tensor_degree=2, compile=True), DEVICES["H100"])
     monkeypatch.setattr("torch.__version__", "2.11.0+cu130")
     assert said(DEVICES["H100"], tensor_degree=2)["compile"].startswith("every decoder layer")
+
+
+def test_fp8_is_for_gpus_that_know_it_in_bfloat16_compiled(monkeypatch):
+    with pytest.raises(UserError, match=r"parallel\.fp8 is rowwise, but it needs a GPU of compute capability 8\.9"):
+        said(DEVICES["A100"], fp8="rowwise")
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="torchao is not installed"):
+        said(DEVICES["H100"], fp8="rowwise")
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: object())
+    assert said(DEVICES["H100"], fp8="rowwise")["dtype"].endswith(
+        "; layers' matrix products in fp8, scaled rowwise (parallel.fp8)"
+    )
+    with pytest.raises(UserError, match=r"train\.dtype is float16"):
+        said(DEVICES["L40S"], "float16", fp8="tensorwise")
+    with pytest.raises(UserError, match="layers are not compiled"):
+        said(DEVICES["L40S"], fp8="tensorwise", compile=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.packing": "pad_left"}, "needs rows of one length, which data.packing pad_left does not make"),
+        ({"data.sequence_length": 24}, "a multiple of 16"),
+        ({"model.preset": None, "model.pretrained": "x", "model.lora.rank": 4}, r"beside model\.lora"),
+        ({"parallel.tensor_degree": 2}, r"does not know layers split by parallel\.tensor_degree"),
+    ],
+)
+def test_fp8_is_refused_beside_what_it_cannot_serve(tmp_path, changes: dict, said: str):
+    base = {"model.preset": "tiny", "data.store": "store", "data.sequence_length": 32, "data.packing": "concatenate"}
+    base |= {"train.max_steps": 1, "train.global_batch_size": 1, "parallel.fp8": "rowwise"}
+    flags = [f"--{key}={value}" for key, value in (base | changes).items() if value is not None]
+    with pytest.raises(UserError, match=said):
+        load(TrainingRun, [], flags)

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from support.models import tiny_config
 from tsumugu import config
 from tsumugu.config import PrepareConfig, Source, TrainingRun
-from tsumugu.data.prepare import prepare
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.training.metrics import read_metrics
 from tsumugu.training.signals import StopRequest
@@ -77,6 +76,8 @@ def figures(run_dir: Path) -> list[dict]:
 
 def text_run(folder: Path, tokenizer: Path) -> Path:
     """A run on real text in a folder, with checkpoints of steps 2 (after which it was stopped) and 4."""
+    from tsumugu.data.prepare import prepare  # the others need no more than a training machine has
+
     texts = [f"朝早く起きて、川沿いの道を{number}キロほど歩いた。" * 5 for number in range(24)]
     lines = (json.dumps({"text": text}) for text in texts)
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")

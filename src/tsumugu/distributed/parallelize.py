@@ -1,4 +1,4 @@
-"""Laying a model on the meta device over the mesh: tensor parallelism → recomputation → compile → offloading → FSDP2.
+"""Laying a model on the meta device over the mesh: splitting (or fp8) → recomputation → compile → offloading → FSDP2.
 
 All but the first wrap the `forward` of a decoder layer, so that the hooks of FSDP2 stay outside and no parameter
 changes its name. None changes what is computed, but for rounding where the compiler fuses operations.
@@ -70,6 +70,8 @@ def parallelize(
     if attention_drops and mesh.device_type == "cuda":
         _check_dropout(config)
     for index, layer in enumerate(layers):
+        if config.fp8:
+            _multiply_in_fp8(layer, config.fp8)
         if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
             layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
@@ -94,6 +96,15 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
     if config.prefetch > 1:
         _prefetch([module for module in layers if isinstance(module, FSDPModule)], config.prefetch)
+
+
+def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
+
+    convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=fits)
 
 
 def _check_dropout(config: ParallelConfig) -> None:

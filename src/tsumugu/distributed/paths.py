@@ -20,6 +20,7 @@ from tsumugu.kernels import has_triton
 GATHERED_SHARE = 0.1  # of a device's memory; what all layers' gathered weights may take by default
 BFLOAT16_SINCE = (8, 0)  # compute capability: Ampere's matrix units are the first that know it
 TRITON_SINCE = (7, 0)
+FP8_SINCE = (8, 9)  # Ada
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def decide(
         dtype: Of the computation.
 
     Raises:
-        UserError: torch.compile is asked for where it cannot work, or parallel.fsdp is false where it is needed.
+        UserError: torch.compile or fp8 is asked for where it cannot work, or parallel.fsdp is false where it is needed.
     """
     reason = _no_compile(device, config)
     if config.compile and reason:
@@ -82,6 +83,8 @@ def decide(
             "parallel.activation_memory_budget is for compiled layers, and they are not compiled",
             "set parallel.activation_checkpointing instead",
         )
+    if config.fp8 and (reason := _no_fp8(device, dtype, compiled)):
+        raise UserError(f"parallel.fp8 is {config.fp8}, but {reason}", "leave it out")
     needed = _why_fsdp(config, processes, dtype)
     if config.fsdp is False and needed:
         raise UserError(f"parallel.fsdp is false, but {needed}", "leave it out")
@@ -123,7 +126,8 @@ def describe(
     memory = f", {_gib(device.memory)}" if device.memory else ""
     lines = {
         "device": f"{device.name}{memory}{capability}",
-        "dtype": f"{dtype} ({_why_dtype(dtype, asked_dtype, device)})",
+        "dtype": f"{dtype} ({_why_dtype(dtype, asked_dtype, device)})"
+        + (f"; layers' matrix products in fp8, scaled {decided.fp8} (parallel.fp8)" if decided.fp8 else ""),
         "attention": f"{attention} ({_why_attention(attention, dtype, device)})",
         "optimizer": _described_optimizer(decided, dtype, cuda),
         "compile": _described_compile(asked, decided, device),
@@ -175,6 +179,17 @@ def _no_compile(device: Device, config: ParallelConfig) -> str | None:
     return None
 
 
+def _no_fp8(device: Device, dtype: str, compiled: bool) -> str | None:
+    """Why layers cannot multiply in fp8, or None."""
+    if device.type != "cuda" or device.capability < FP8_SINCE:
+        return f"it needs a GPU of compute capability {_version(FP8_SINCE)} or more"
+    if importlib.util.find_spec("torchao") is None:
+        return "torchao is not installed (pip install 'tsumugu[fp8]')"
+    if dtype != "bfloat16":
+        return f"train.dtype is {dtype}"
+    return None if compiled else "layers are not compiled"
+
+
 def _why_dtype(dtype: str, asked: str | None, device: Device) -> str:
     slow = dtype == "bfloat16" and device.type == "cuda" and device.capability < BFLOAT16_SINCE
     if slow:
@@ -193,9 +208,9 @@ def _why_attention(attention: str, dtype: str, device: Device) -> str:
         return "the CPU's fused kernel where no row is padded, else the plain one"
     if dtype in ("bfloat16", "float16") and device.capability >= BFLOAT16_SINCE:
         return (
-            f"{dtype} and compute capability {_version(BFLOAT16_SINCE)} or more: flash attention where no row is padded"
+            f"{dtype} and compute capability {_version(BFLOAT16_SINCE)} or more: fused attention where no row is padded"
         )
-    return f"no flash attention: {dtype} on compute capability {_version(device.capability)}"
+    return f"no fused attention: {dtype} on compute capability {_version(device.capability)}"
 
 
 def _described_compile(config: ParallelConfig, decided: ParallelConfig, device: Device) -> str:

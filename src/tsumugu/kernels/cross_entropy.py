@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from tsumugu.kernels import fused
+from tsumugu.kernels.linear import add_product
 
 LOGITS_AT_A_TIME = 2**27  # 256 MiB in 16 bits: matrix products of that size run at full rate
 
@@ -53,7 +54,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[chunk])
             if d_weight is not None:
-                _add_product(d_weight, gradient, rows)
+                add_product(d_weight, gradient, rows)
             if d_bias is not None:
                 d_bias += gradient.sum(0, dtype=wide)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
@@ -84,13 +85,3 @@ def _differentiated(logits: torch.Tensor, labels: torch.Tensor, wanted: bool) ->
         chances = chances.exp_()
         chances.scatter_add_(1, labels[:, None], torch.full_like(nats, -1))
     return nats, chances.to(logits.dtype)
-
-
-def _add_product(total: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> None:
-    """Adds gradientᵀ · rows, whose sums are not rounded to the dtype of the two."""
-    if total.dtype == rows.dtype:
-        total.addmm_(gradient.T, rows)
-    elif total.is_cuda:
-        torch.addmm(total, gradient.T, rows, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(gradient.T.to(total.dtype), rows.to(total.dtype))

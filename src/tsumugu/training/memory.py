@@ -63,7 +63,7 @@ def measure(
     low_bits = [master.low for p in parameters if (master := masters.of(p))]
     weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
     trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
-    sums = optimizer.sums.values() if isinstance(optimizer, MasterAdamW) else ()
+    sums = [held.total for held in optimizer.sums.values()] if isinstance(optimizer, MasterAdamW) else []
     gradients = _bytes([*sums, *(p.grad for p in parameters if p.grad is not None)], device)
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
     tokens = config.train.micro_batch_size * config.data.sequence_length

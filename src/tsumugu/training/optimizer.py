@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from tsumugu.config import OptimizerConfig
 from tsumugu.kernels import masters as kernels
+from tsumugu.kernels.linear import Sum
 from tsumugu.model import masters
 from tsumugu.training.norms import total_norm
 
@@ -36,8 +37,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     found_inf: torch.Tensor
     """1 where a step is to have no effect, else 0; set before every step."""
-    sums: dict[torch.Tensor, torch.Tensor]
-    """The gradients' sums, whose memory is kept from step to step."""
+    sums: dict[torch.Tensor, Sum]
+    """The gradients' sums of every parameter, whose memory is kept from step to step."""
 
     def __init__(self, params: Any, **options: Any):
         super().__init__(params, **options)
@@ -45,28 +46,29 @@ class MasterAdamW(torch.optim.AdamW):
         self._parameters.sort(key=torch.Tensor.numel, reverse=True)  # the host gets ahead of the device at once
         self._groups = {p: group for group in self.param_groups for p in group["params"]}
         self.sums = {}
-        self._begun: set[torch.Tensor] = set()
         self._factor = torch.ones((), device=self._parameters[0].device)
         step = torch.zeros((), device=self._parameters[0].device)
         for parameter in self._parameters:
             zeros = (torch.zeros_like(parameter, dtype=torch.float32) for _ in range(2))
             first, second = (tensor.contiguous() for tensor in zeros)
             self.state[parameter] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            self.sums[parameter] = Sum(torch.zeros_like(first), torch.tensor(False))
             parameter.grad_dtype = None  # the sums are in float32
             parameter.register_post_accumulate_grad_hook(self._add)
 
     def _add(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        if parameter not in self.sums:
-            self.sums[parameter] = torch.empty_like(self.state[parameter]["exp_avg"])
-        kernels.accumulate(self.sums[parameter], parameter.grad, first=parameter not in self._begun)
-        self._begun.add(parameter)
+        if parameter.grad is None:  # of a SummedLinear: torch 2.11 calls all the same where layers are compiled
+            return
+        held = self.sums[parameter]
+        kernels.accumulate(held.total, parameter.grad, first=not held.begun.item())
+        held.begun.fill_(True)
         parameter.grad = None
 
     def collect(self) -> None:
         """After the last backward pass of a step."""
-        for parameter in self._begun:
-            parameter.grad = self.sums[parameter]
+        for parameter, held in self.sums.items():
+            if held.begun.item():
+                parameter.grad = held.total
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
         """As the function of that name, at the next step."""
@@ -101,7 +103,8 @@ class MasterAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        self._begun.clear()
+        for held in self.sums.values():
+            held.begun.fill_(False)
 
     def forget(self) -> None:
         """Back to the state of before the first step."""

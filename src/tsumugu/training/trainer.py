@@ -39,6 +39,7 @@ from tsumugu.distributed.environment import Environment, on_device, on_main, pro
 from tsumugu.distributed.mesh import build_mesh
 from tsumugu.distributed.parallelize import reshard
 from tsumugu.errors import UserError
+from tsumugu.kernels.linear import sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
@@ -184,6 +185,9 @@ class Trainer:
         self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
         self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        if isinstance(self.optimizer, MasterAdamW):
+            for layer in build.decoder_layers(self.model):
+                sum_in_products(layer, self.optimizer.sums)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)
@@ -1110,6 +1114,7 @@ def _identity(
         "data.sequence_length": config.data.sequence_length,
         "data.packing": config.data.packing,
         **{f"data.{key}": True for key in ("document_mask", "group_by_length") if getattr(config.data, key)},
+        **({"parallel.fp8": config.parallel.fp8} if config.parallel.fp8 else {}),
         "the length of the run (steps)": data.steps,
         "the rows of the run": rows,
         "train.global_batch_size": config.train.global_batch_size,

@@ -1,0 +1,102 @@
+"""Linear layers whose weight's gradient is added to its float32 sum by the matrix product that makes it.
+
+Otherwise a product writes it in 16 bits, and a pass over memory reads it again and adds it. Here it is neither rounded
+nor ever in memory beside the sum.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of a parameter's gradients over the micro batches of a step.
+
+    `total` is float32, of the parameter's shape; `begun`, a bool on the host, says whether it holds any of this step.
+    """
+
+    total: torch.Tensor
+    begun: torch.Tensor
+
+
+class SummedLinear(nn.Linear):
+    """A linear layer that computes as it did, but gives its weight no gradient: that goes into `weight_sum`.
+
+    Where its input needs no gradient it is a plain one.
+    """
+
+    weight_sum: Sum
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not input.requires_grad:
+            return super().forward(input)
+        return _Linear.apply(input, self.weight, self.bias, self.weight_sum.total, self.weight_sum.begun)
+
+
+def sum_in_products(module: nn.Module, sums: dict[torch.Tensor, Sum]) -> None:
+    """Makes every linear layer within `module` whose weight is in `sums` a `SummedLinear`."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear and layer.weight in sums:
+            layer.__class__ = SummedLinear
+            layer.weight_sum = sums[layer.weight]  # type: ignore[assignment]
+
+
+def add_product(total: torch.Tensor, gradient_NO: torch.Tensor, rows_NI: torch.Tensor, first: bool = False) -> None:
+    """Adds gradientᵀ · rows to `total` (O, I), or puts it there if it is the `first`.
+
+    Sums are not rounded to the dtype of the two factors.
+    """
+    if total.dtype != rows_NI.dtype and not total.is_cuda:
+        gradient_NO, rows_NI = gradient_NO.to(total.dtype), rows_NI.to(total.dtype)
+    wider: dict[str, Any] = {} if total.dtype == rows_NI.dtype else {"out_dtype": total.dtype}
+    if first:
+        torch.mm(gradient_NO.T, rows_NI, out=total, **wider)
+    else:
+        torch.addmm(total, gradient_NO.T, rows_NI, out=total, **wider)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        total: torch.Tensor,
+        begun: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input, weight, total, begun)
+        ctx.has_bias = bias is not None
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor):  # type: ignore[override]
+        input, weight, total, begun = ctx.saved_tensors
+        # laid out here, where the compiler writes them so at once: an operation that it does not know gets what eager
+        # torch would have, which can take a copy
+        gradient_NO, rows_NI = gradient.flatten(0, -2).contiguous(), input.flatten(0, -2).contiguous()
+        d_bias = gradient_NO.sum(0) if ctx.has_bias else None
+        d_rows = torch.ops.tsumugu.linear_backward(gradient_NO, rows_NI, weight, total, begun)
+        return d_rows.view(input.shape), None, d_bias, None, None
+
+
+# To torch's compiler this is a function of its arguments alone, and would be left out if its result were not used. It
+# writes to two of them, which nothing else in the graph reads, and is called once: backward is not recomputed.
+@torch.library.custom_op("tsumugu::linear_backward", mutates_args=())
+def _linear_backward(
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+) -> torch.Tensor:
+    add_product(total, gradient_NO, rows_NI, first=not begun.item())
+    begun.fill_(True)
+    return gradient_NO @ weight
+
+
+@_linear_backward.register_fake
+def _(
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+) -> torch.Tensor:
+    return gradient_NO @ weight
