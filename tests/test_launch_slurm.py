@@ -112,6 +112,7 @@ def test_the_container_of_a_site():
 def test_what_the_script_does_with_the_exit_code_of_the_step(code, requeued, commands, monkeypatch):
     stand_in(commands, "srun", f"exit {code}")
     stand_in(commands, "scontrol", "")
+    stand_in(commands, "sleep", "")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     run_dir = Path("/runs/it's $HOME")
     script = job_script(run_dir, SlurmSiteConfig(setup=""), 1, 8, None)
@@ -231,7 +232,8 @@ def test_two_jobs_do_not_train_into_one_run(recipe, tmp_path, commands, capsys):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster() -> Iterator[Path]:
+    """The folder in which the node keeps the jobs that it runs."""
     if lacking := support.missing():
         pytest.skip(lacking)
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -239,7 +241,7 @@ def cluster() -> Iterator[None]:
         patch.setenv("SLURM_CONF", str(conf))
         # also the environment of jobs
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        yield
+        yield folder / "spool"
         subprocess.run(["scancel", "--me"], check=False)
     shutil.rmtree(folder)
 
@@ -262,9 +264,11 @@ def shown(job_id: str) -> dict[str, str]:
 
 
 def ended(job_id: str, state: str) -> bool:
-    found = shown(job_id)["JobState"]
-    assert found in (state, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), found
-    return found == state
+    found = shown(job_id)
+    logs = sorted(Path(found["StdOut"]).parent.glob("*.log")) if "StdOut" in found else []
+    said = "\n".join(log.read_text()[-1000:] for log in logs)
+    assert found["JobState"] in (state, "PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), said
+    return found["JobState"] == state
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -289,8 +293,9 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(cl
     until(lambda: shown(second)["Restarts"] == "1")
     [saved] = checkpoint.complete_steps(stopped)
     assert saved < STEPS
-    until(lambda: shown(second)["JobState"] == "PENDING")
-    subprocess.run(["scontrol", "update", f"JobId={second}", "StartTime=now"], check=True)  # Slurm waits two minutes
+    # Slurm waits for two minutes, by when the node is done with the first start: without that it refuses the second
+    until(lambda: shown(second)["JobState"] == "PENDING" and not list(cluster.glob("job*")))
+    subprocess.run(["scontrol", "update", f"JobId={second}", "StartTime=now"], check=True)
     until(lambda: ended(second, "COMPLETED"))
     log = (stopped / "logs" / f"slurm-{second}.log").read_text()
     assert log.index("start 1 on localhost") < log.index("exit code 3") < log.index("start 2 on localhost")

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def _start(arguments: Sequence[str]) -> tuple[int, str]:
             print(line, end="", flush=True)
             lines.append(line)
     return process.returncode, "".join(lines)
+
+
+def sample(name: str, folder: str | Path) -> Path:
+    """Lays the built-in documents (japanese, english, instructions) into a folder, where they are not there yet.
+
+    Written again, they would be input that has changed, of which a store is not made twice.
+    """
+    path = Path(folder) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        content = (resources.files("tsumugu") / "sample" / f"{name}.jsonl").read_text(encoding="utf-8")
+        path.write_text(content, encoding="utf-8")
+    return path
 
 
 def launch(

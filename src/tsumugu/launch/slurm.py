@@ -162,9 +162,9 @@ echo "$(date): exit code $code"
 
 
 _REQUEUE = """
-# 3: interrupted, and a checkpoint was saved. The job queues again under its number.
+# 3: interrupted, and a checkpoint was saved. The job queues again under its number, and Slurm ends this script.
 if [ $code = 3 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 120
 fi
 """
 
