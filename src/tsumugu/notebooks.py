@@ -46,12 +46,17 @@ class Page:
         return self.content
 
 
-def run(*arguments: str) -> str:
-    """Runs `tsumugu ARGUMENTS`, shows what it says line by line, and returns it.
+def run(*arguments: str) -> None:
+    """Runs `tsumugu ARGUMENTS` and shows what it says line by line.
 
     Raises:
         RuntimeError: It did not end with 0.
     """
+    _run(*arguments)
+
+
+def _run(*arguments: str) -> str:
+    """The same; what it said."""
     print("$ tsumugu", shlex.join(arguments), flush=True)
     code, output = _start(arguments)
     if code:
@@ -115,7 +120,7 @@ def launch(
     assert sagemaker
     for key, folder in inputs.items():
         _upload(folder, _place(sagemaker["bucket"], output, key))
-    said = run(*sagemaker_command(recipe, output, inputs, flags, sagemaker, stage))
+    said = _run(*sagemaker_command(recipe, output, inputs, flags, sagemaker, stage))
     job = re.search(rf"^({re.escape(Path(output).name)}[\w-]*): ", said, re.MULTILINE)
     assert job, "the name of the job is not in what it said"
     run("launch", "sagemaker", "download", job[1], f"--{'run-dir' if stage == 'train' else 'output'}={output}")
