@@ -9,14 +9,10 @@ table: the mean loss of the last 50 steps before each, and that of the validatio
 
 import argparse
 import json
-import os
-import queue
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from throughput import measure_rows
 
 WAYS = ("bfloat16", "tensorwise", "rowwise")
 
@@ -63,6 +59,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--way", action="append", choices=WAYS, help="default: all")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=600, help="seconds of one way")
+    parser.add_argument("--total", type=float, default=1800, help="seconds of all")
     parser.add_argument("--out", type=Path, default=Path("/tmp/fp8-loss"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -70,21 +68,8 @@ def main() -> None:
     if arguments.one:
         train(arguments.one, arguments)
         return
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
-
-    def run(way: str) -> None:
-        gpu = free.get()
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if arguments.gpus > 1 else {})
-        with open(arguments.out / f"{way}.log", "w") as log:
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        free.put(gpu)
-
     ways = arguments.way or list(WAYS)
-    with ThreadPoolExecutor(arguments.gpus) as pool:
-        list(pool.map(run, ways))
+    measure_rows(__file__, ways, arguments)
     found = {way: json.loads(file.read_text()) for way in ways if (file := arguments.out / f"{way}.json").exists()}
     ends = [end for end in (100, 200, 300, 400, 500) if end <= arguments.steps]
     print(

@@ -21,20 +21,15 @@ those of examples; padding does not count. Rows:
 
 import argparse
 import json
-import os
-import queue
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from instruct import PADDED_BATCH, VOCABULARY, measure, run_of, synthetic
-from throughput import file_name, settings
+from throughput import file_name, measure_rows, reset_peak, settings
 
 from tsumugu.data.store import open_store
 from tsumugu.distributed.environment import process_group
@@ -42,7 +37,7 @@ from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.training.trainer import Trainer
 
-LENGTH = 2048
+LENGTH, WARM = 2048, 6
 ROWS = ["hf", "hf batch=8", "hf batch=8 compile=1", "pad_left", "best_fit", "best_fit micro=4", "causal"]
 LIGER_ROWS = ["hf batch=8 liger=1", "trl micro=2", "trl micro=4", "best_fit micro=2", "best_fit micro=4"]
 
@@ -79,26 +74,24 @@ def examples(store: Path) -> list[dict[str, list[int]]]:
     return found
 
 
-class Clock:
-    """A callback of transformers' that notes the time, and ends training after so many seconds of measuring."""
+def clock(warm: int, seconds: float) -> Any:
+    """A callback that notes the time, and ends training so many seconds after the first steps."""
+    from transformers import TrainerCallback
 
-    def __new__(cls, warm: int, seconds: float) -> Any:
-        from transformers import TrainerCallback
+    class Clock(TrainerCallback):
+        began, ended, last = 0.0, 0.0, warm
 
-        class Noting(TrainerCallback):
-            began, ended, first, last = 0.0, 0.0, 0, 0
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == warm:
+                synchronize()
+                reset_peak()
+                self.began = time.perf_counter()
+            elif state.global_step > warm and state.global_step % 4 == 0:
+                synchronize()
+                self.ended, self.last = time.perf_counter(), state.global_step
+                control.should_training_stop = self.ended - self.began > seconds
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                if state.global_step == warm:
-                    synchronize()
-                    reset_peak()
-                    self.began, self.first = time.perf_counter(), warm
-                elif state.global_step > warm and state.global_step % 4 == 0:
-                    synchronize()
-                    self.ended, self.last = time.perf_counter(), state.global_step
-                    control.should_training_stop = self.ended - self.began > seconds
-
-        return Noting()
+    return Clock()
 
 
 def model_of(arguments: argparse.Namespace) -> Any:
@@ -125,7 +118,6 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
     from transformers import Trainer, TrainingArguments
 
     data, batch = examples(arguments.store), int(options.get("batch", PADDED_BATCH))
-    counted = [0]
 
     def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
@@ -138,14 +130,14 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
         mask = (torch.arange(width) >= width - lengths[:, None]).long()
         return {**batch_of, "attention_mask": mask}
 
-    clock = Clock(6, arguments.seconds)
+    noted = clock(WARM, arguments.seconds)
     with tempfile.TemporaryDirectory() as folder:
         steps = PADDED_BATCH // batch
         trainer = Trainer(
             model=model_of(arguments),
             train_dataset=data,  # type: ignore[arg-type]
             data_collator=padded,  # type: ignore[arg-type]
-            callbacks=[clock],
+            callbacks=[noted],
             args=TrainingArguments(
                 **training_arguments(options, folder, batch, steps),
                 remove_unused_columns=False,
@@ -153,9 +145,8 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
             ),
         )
         trainer.train()
-    counted[0] = (clock.last - clock.first) * PADDED_BATCH
     mean = sum(len(row["input_ids"]) for row in data) / len(data)
-    return {"tokens_per_second": counted[0] * mean / (clock.ended - clock.began)}
+    return {"tokens_per_second": (noted.last - WARM) * PADDED_BATCH * mean / (noted.ended - noted.began)}
 
 
 def of_trl(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -185,8 +176,7 @@ def of_trl(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, 
         AttentionInterface.register("varlen_of_torch", varlen)
         model.set_attn_implementation("varlen_of_torch")
     mean = sum(len(row["input_ids"]) for row in data) / len(data)
-    clock, rows = Clock(6, arguments.seconds), max(1, round(PADDED_BATCH * mean / LENGTH))
-    filled = [0, 0]
+    noted, rows = clock(WARM, arguments.seconds), max(1, round(PADDED_BATCH * mean / LENGTH))
     with tempfile.TemporaryDirectory() as folder:
         given = training_arguments(options | {"liger": "1" if torch.cuda.is_available() else "0"}, folder, micro, 1)
         given["gradient_accumulation_steps"] = max(1, rows // micro)
@@ -194,28 +184,21 @@ def of_trl(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, 
             model=model,
             train_dataset=Dataset.from_list(data),
             processing_class=tokenizer,
-            callbacks=[clock],
+            callbacks=[noted],
             args=SFTConfig(
                 **given, packing=True, packing_strategy="bfd", max_length=LENGTH, gradient_checkpointing=False,
                 dataset_kwargs={"skip_prepare_dataset": False},
             ),
         )  # fmt: skip
-        for row in trainer.train_dataset:  # type: ignore[union-attr]
-            filled[0] += len(row["input_ids"])
-            filled[1] += 1
+        lengths = [len(row["input_ids"]) for row in trainer.train_dataset]  # type: ignore[union-attr]
         trainer.train()
-    done = (clock.last - clock.first) * given["gradient_accumulation_steps"] * micro
-    return {"tokens_per_second": done * filled[0] / filled[1] / (clock.ended - clock.began)}
+    done = (noted.last - WARM) * given["gradient_accumulation_steps"] * micro
+    return {"tokens_per_second": done * sum(lengths) / len(lengths) / (noted.ended - noted.began)}
 
 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
 
 
 def one_row(row: str, arguments: argparse.Namespace) -> None:
@@ -238,6 +221,7 @@ def main() -> None:
     parser.add_argument("--row", action="append", help="a row to measure, in place of all; may be repeated")
     parser.add_argument("--seconds", type=float, default=20, help="of every measurement")
     parser.add_argument("--limit", type=float, default=150, help="seconds of one row")
+    parser.add_argument("--total", type=float, default=570, help="seconds of all; rows after that are left out")
     parser.add_argument("--gpus", type=int, default=1, help="rows measured at a time, each on a GPU of its own")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="a folder for JSON and logs")
@@ -254,31 +238,7 @@ def main() -> None:
         arguments.store.mkdir(parents=True)
         synthetic(arguments.store)
     rows = arguments.row or (ROWS if arguments.preset in ("1b", "tiny") else LIGER_ROWS)
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
-
-    def run(row: str) -> str:
-        gpu = free.get()
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if arguments.gpus > 1 else {})
-        file, log = (arguments.out / f"{file_name(row)}.{kind}" for kind in ("json", "log"))
-        file.unlink(missing_ok=True)
-        with open(log, "w") as stream:
-            command = [sys.executable, __file__, *sys.argv[1:], "--out", str(arguments.out), "--one", row]
-            try:
-                subprocess.run(
-                    command, stdout=stream, stderr=subprocess.STDOUT, env=environment, timeout=arguments.limit
-                )
-                end = "failed"
-            except subprocess.TimeoutExpired:
-                end = "stopped"
-        free.put(gpu)
-        if not file.exists():
-            print(row, end, *log.read_text(errors="replace").strip().splitlines()[-4:], sep="\n    ", flush=True)
-        return end
-
-    with ThreadPoolExecutor(arguments.gpus) as pool:
-        ends = dict(zip(rows, pool.map(run, rows), strict=True))
+    ends = measure_rows(__file__, rows, arguments)
     print(f"\n{arguments.preset}\n\n| row | tokens/s | peak GiB | device |\n| --- | ---: | ---: | --- |")
     for row in rows:
         file = arguments.out / f"{file_name(row)}.json"

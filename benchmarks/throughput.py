@@ -3,6 +3,7 @@
     python benchmarks/throughput.py --preset 3.6b                       # the rows below, one Markdown table
     python benchmarks/throughput.py --preset 1b --row "fast micro=8" --row "hf micro=8"
     python benchmarks/throughput.py --preset llama-7b --layers 8 --sizes '{"num_key_value_heads": 8}'     # other shapes
+    python benchmarks/throughput.py --preset 7b --scaling 8              # from one GPU to eight
     python benchmarks/throughput.py --preset tiny --quick                # a CPU will do: does it run?
 
 Every row trains the same shape on the same random tokens, four micro batches a step, in a process of its own, which may
@@ -22,12 +23,18 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
     masks=1     transformers looks for masks, and the host waits for the device
     attention=  flash | cudnn: that kernel alone
     inductor=X  a switch of torch._inductor.config that is turned on, such as max_autotune_gemm
+    gpus=N      on N GPUs, each with so many rows a micro batch: tsumugu sharded over all of them, or as the next say;
+                hf: FSDP2 by accelerate
+    shard=N     parallel.shard_degree
+    reshard=X   parallel.reshard_after_forward; hf: never or always (its default)
+    prefetch=N  parallel.prefetch
     liger=1     hf: with Liger's kernels, where they are installed and know the model, and without torch.compile, which
                 fails on them (torch 2.11, Liger 0.8.5)
 
 MFU is by the design's convention (`model.flops`). Milliseconds are of a micro batch's forward and backward pass and of
 what comes after the last (norm, clipping, optimizer), by CUDA events. --out keeps every row's JSON and log, in which
-also stands where the device's time goes by kind of kernel, from a profile of one step.
+also stands where the device's time goes by kind of kernel, from a profile of one step: with several GPUs also how long
+collectives ran while nothing was computed (exposed). Figures are of the first GPU, tokens of all.
 """
 
 import argparse
@@ -56,6 +63,9 @@ ROWS = {
         "fast micro=12", "fast micro=16 budget=0.7", "fast micro=8 fp8=tensorwise",
     ],
 }  # fmt: skip
+SCALING = {  # rows a micro batch of tsumugu and of transformers' Trainer
+    "1b": (8, 8), "3.6b": (3, 2), "7b": (4, 2), "13b": (2, 1),
+}  # fmt: skip
 OTHERS = ["hf micro=2", "hf micro=2 liger=1", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
 MICRO_BATCHES, SEED = 4, 1
 KINDS = {  # of kernels, by parts of their names; the first that fits
@@ -64,6 +74,7 @@ KINDS = {  # of kernels, by parts of their names; the first that fits
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
     "compiled": ("triton_",),
     "copies": ("Memcpy", "Memset", "copy"),
+    "collectives": ("nccl",),
     "norm": ("norm_cast", "lpnorm", "LpNorm"),
 }
 
@@ -116,18 +127,21 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
         trainer_module.sum_in_products = lambda module, sums: None
     if options.get("masks") == "1":
         attention.without_masks = lambda model: None
-    micro = int(options.get("micro", 1))
+    micro, processes = int(options.get("micro", 1)), int(options.get("gpus", 1))
     run = config.TrainingRun(
         model=config.ModelConfig(config=str(arguments.out / "model")),
         tokenizer=config.TokenizerConfig(),
         data=config.DataConfig(store=str(arguments.out / "store"), sequence_length=arguments.length, audit="off"),
         train=config.TrainConfig(
-            max_steps=10**6, global_batch_size=micro * MICRO_BATCHES, micro_batch_size=micro, seed=SEED
+            max_steps=10**6, global_batch_size=micro * MICRO_BATCHES * processes, micro_batch_size=micro, seed=SEED
         ),
         optimizer=config.OptimizerConfig(),
         schedule=config.ScheduleConfig(warmup_steps=10),
         parallel=config.ParallelConfig(
             fsdp=True if way == "fsdp" else None,
+            shard_degree=int(options["shard"]) if "shard" in options else None,
+            reshard_after_forward=options.get("reshard", "auto"),  # type: ignore[arg-type]
+            prefetch=int(options.get("prefetch", 1)),
             chunked_loss=None if chunk else False,
             activation_checkpointing=options.get("recompute", "none"),  # type: ignore[arg-type]
             fp8=options.get("fp8"),  # type: ignore[arg-type]
@@ -147,7 +161,7 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
         started = time.perf_counter()
         loss = take(trainer, arguments.steps)
         seconds = (time.perf_counter() - started) / arguments.steps
-        result = figures(trainer.model, micro, seconds, arguments) | {"loss": loss}
+        result = figures(trainer.model, options, seconds, arguments) | {"loss": loss}
         if torch.cuda.is_available():
             result |= {"milliseconds": parts(trainer)} | kernels_of(lambda: take(trainer, 1))
         return result
@@ -213,8 +227,10 @@ def kernels_of(step: Any) -> dict[str, Any]:
         torch.cuda.synchronize()
     times: dict[str, float] = {}
     counts: dict[str, int] = {}
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for event in profiler.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans["nccl" in event.name].append((event.time_range.start, event.time_range.end))
             times[event.name] = times.get(event.name, 0) + event.time_range.elapsed_us() / 1e3
             counts[event.name] = counts.get(event.name, 0) + 1
     kinds: dict[str, float] = {}
@@ -224,7 +240,17 @@ def kernels_of(step: Any) -> dict[str, Any]:
     top = sorted(times, key=lambda name: -times[name])[:40]
     for name in top:
         print(f"{times[name]:9.2f} ms {counts[name]:6d} × {name[:150]}")
-    return {"kernels": {kind: round(spent, 2) for kind, spent in sorted(kinds.items(), key=lambda item: -item[1])}}
+    ordered = {kind: round(spent, 2) for kind, spent in sorted(kinds.items(), key=lambda item: -item[1])}
+    return {"kernels": ordered, "exposed_ms": (length(spans[True] + spans[False]) - length(spans[False])) / 1e3}
+
+
+def length(spans: list[tuple[float, float]]) -> float:
+    """Of the union of spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -234,12 +260,19 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     micro, model_config = int(options.get("micro", 1)), AutoConfig.from_pretrained(arguments.out / "model")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
     model.config.use_cache = False
+    sharded: dict[str, Any] = {}
+    processes = int(options.get("gpus", 1))
+    if processes > 1:
+        fsdp = {"version": 2, "reshard_after_forward": options.get("reshard") != "never"}
+        sharded = {"fsdp": True, "fsdp_config": fsdp}
     steps = arguments.warm + arguments.steps
     draw = np.random.default_rng(0)
-    rows = draw.integers(4, model_config.vocab_size, (micro * MICRO_BATCHES * steps, arguments.length))
+    rows = draw.integers(4, model_config.vocab_size, (micro * MICRO_BATCHES * steps * processes, arguments.length))
     data: Any = [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows)]
     clock: dict[int, float] = {}
 
@@ -264,11 +297,14 @@ def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> d
             adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
             save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
             gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",
+            **sharded,
         ),
     )  # fmt: skip
     loss = trainer.train().training_loss
     seconds = (clock[steps] - clock[arguments.warm]) / arguments.steps
-    return figures(model, micro, seconds, arguments) | {"loss": loss}
+    with torch.device("meta"):
+        alike = AutoModelForCausalLM.from_config(model_config)
+    return figures(alike, options, seconds, arguments) | {"loss": loss}
 
 
 def of_litgpt(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -314,7 +350,7 @@ def of_litgpt(options: dict[str, str], arguments: argparse.Namespace) -> dict[st
     seconds = (time.perf_counter() - started) / arguments.steps
     with torch.device("meta"):
         alike = AutoModelForCausalLM.from_config(shape)
-    return figures(alike, micro, seconds, arguments) | {"loss": loss.item()}
+    return figures(alike, options, seconds, arguments) | {"loss": loss.item()}
 
 
 def reset_peak() -> None:
@@ -324,17 +360,17 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def figures(model: Any, micro: int, seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
+def figures(model: Any, options: dict[str, str], seconds: float, arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from tsumugu.model.flops import flops, peak_flops
 
-    rows = micro * MICRO_BATCHES
+    rows = int(options.get("micro", 1)) * MICRO_BATCHES  # of one GPU
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     peak, done = peak_flops(device), flops(model, rows * arguments.length, rows * arguments.length**2)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "tokens_per_second": rows * arguments.length / seconds,
+        "tokens_per_second": rows * arguments.length / seconds * int(options.get("gpus", 1)),
         "mfu": done / seconds / peak if peak else None,
         "step_seconds": seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
@@ -361,7 +397,8 @@ def one_row(row: str, arguments: argparse.Namespace) -> None:
         result = of_litgpt(options, arguments)
     else:
         result = of_tsumugu(way, options, arguments)
-    (arguments.out / f"{file_name(row)}.json").write_text(json.dumps({"row": row, **result}, indent=1))
+    if os.environ.get("RANK", "0") == "0":
+        (arguments.out / f"{file_name(row)}.json").write_text(json.dumps({"row": row, **result}, indent=1))
 
 
 def file_name(row: str) -> str:
@@ -384,17 +421,49 @@ def prepare(arguments: argparse.Namespace) -> None:
     model_config.save_pretrained(arguments.out / "model")
 
 
-def in_a_process(row: str, gpu: int, left: float, arguments: argparse.Namespace) -> str:
-    """Measures one row within `left` seconds; how it ended."""
-    if left < 30:
-        return "not measured"
+def measure_rows(script: str, rows: list[str], arguments: argparse.Namespace) -> dict[str, str]:
+    """Runs `script --one ROW` for every row in a process of its own, --gpus at a time, each on another GPU.
+
+    A row that was measured has left a JSON file in --out, named by `file_name`.
+
+    Returns:
+        How each ended.
+    """
+    began, ends = time.monotonic(), {}
+    free: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for gpu in range(arguments.gpus):
+        free.put(gpu)
+
+    def measure(row: str) -> None:
+        gpu = free.get()
+        left = arguments.total - (time.monotonic() - began)
+        ends[row] = _in_a_process(script, row, gpu, left, arguments) if left > 30 else "not measured"
+        free.put(gpu)
+
+    with ThreadPoolExecutor(arguments.gpus) as pool:
+        list(pool.map(measure, rows))
+    return ends
+
+
+def _in_a_process(script: str, row: str, gpu: int, left: float, arguments: argparse.Namespace) -> str:
     started = time.monotonic()
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
-    if arguments.gpus > 1:
+    processes = settings(row)[1].get("gpus", "1")
+    if arguments.gpus > 1 and processes == "1":
         environment |= {"CUDA_VISIBLE_DEVICES": str(gpu)}
     file, log = (arguments.out / f"{file_name(row)}.{kind}" for kind in ("json", "log"))
     file.unlink(missing_ok=True)
-    command = [sys.executable, __file__, *sys.argv[1:], "--out", str(arguments.out), "--one", row]
+    launched = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [
+        sys.executable,
+        *(launched if processes != "1" else []),
+        script,
+        *sys.argv[1:],
+        "--out",
+        str(arguments.out),
+        "--one",
+        row,
+    ]
     with open(log, "w") as stream:
         try:
             limit = min(arguments.limit, left)
@@ -405,8 +474,7 @@ def in_a_process(row: str, gpu: int, left: float, arguments: argparse.Namespace)
             end = "out of memory" if "out of memory" in text.lower() else f"exit code {code}"
         except subprocess.TimeoutExpired:
             end = "stopped"
-    said = f"{json.loads(file.read_text())['tokens_per_second']:,.0f} tokens/s" if file.exists() else end
-    print(f"{row}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"{row}: {'measured' if file.exists() else end} ({time.monotonic() - started:.0f} s)", flush=True)
     if not file.exists():
         print("    " + "\n    ".join(log.read_text(errors="replace").strip().splitlines()[-4:]), flush=True)
     return end
@@ -442,7 +510,8 @@ def show(rows: list[str], arguments: argparse.Namespace, ended: dict[str, str]) 
     print()
     for row, result in found.items():
         if "kernels" in result:
-            print(f"{row}: ms a step: " + ", ".join(f"{kind} {spent:.0f}" for kind, spent in result["kernels"].items()))
+            kinds = ", ".join(f"{kind} {spent:.0f}" for kind, spent in result["kernels"].items())
+            print(f"{row}: ms a step: {kinds}; collectives exposed {result['exposed_ms']:.1f}")
 
 
 def main() -> None:
@@ -451,6 +520,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="another number of decoder layers")
     parser.add_argument("--sizes", default="{}", help="JSON: other values of the model's configuration")
     parser.add_argument("--row", action="append", help="a row to measure, in place of the preset's; may be repeated")
+    parser.add_argument("--scaling", type=int, metavar="N", help="in place of the preset's rows: on 1, 2, 4 … N GPUs")
     parser.add_argument("--only", action="append", help="of the preset's rows those with this text")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     parser.add_argument("--vocabulary", type=int, default=30000, help="of the random tokens")
@@ -471,19 +541,12 @@ def main() -> None:
         return
     prepare(arguments)
     rows = arguments.row or ROWS.get(arguments.preset, OTHERS)
+    if arguments.scaling:
+        ours, theirs = SCALING[arguments.preset]
+        counts = [count for count in (1, 2, 4, 8) if count <= arguments.scaling]
+        rows = [f"{way} micro={micro} gpus={n}" for n in counts for way, micro in (("fast", ours), ("hf", theirs))]
     rows = [row for row in rows if not arguments.only or any(text in row for text in arguments.only)]
-    began, ended = time.monotonic(), {}
-    free: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for gpu in range(arguments.gpus):
-        free.put(gpu)
-
-    def measure(row: str) -> None:
-        gpu = free.get()
-        ended[row] = in_a_process(row, gpu, arguments.total - (time.monotonic() - began), arguments)
-        free.put(gpu)
-
-    with ThreadPoolExecutor(arguments.gpus) as pool:
-        list(pool.map(measure, rows))
+    ended = measure_rows(__file__, rows, arguments)
     show(rows, arguments, ended)
 
 

@@ -1,5 +1,7 @@
 """A certificate finds what is wrong with an exported folder, and names it."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.hub import TOKEN, Hub, serving
@@ -96,8 +99,19 @@ def test_a_sound_export_passes_in_fresh_processes_of_transformers_5_and_4(
         names = set(opened.keys())
     assert content["tensors"].keys() == names
     assert {entry["dtype"] for entry in content["tensors"].values()} == {"bfloat16"}
-    present = {path.name for path in model.iterdir()} - {"certificate.json"}
-    assert content["files"].keys() == present
+    origin, run = content["origin"], runs / "gpt_neox"
+    assert (origin["step"], origin["dtype"]) == (3, "bfloat16")
+    assert origin["configuration"] == hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
+    assert origin["tokenizer"] == read_contract(run / "tokenizer").fingerprint
+    checkpoint = run / "checkpoints" / "step-00000003"
+    for name, sha256 in origin["checkpoint"].items():
+        assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == sha256
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.iterdir()}
+    assert content["files"] == {name: sha256 for name, sha256 in files.items() if name != "certificate.json"}
+    assert content["expected"]["tied"] is False
+    for found in content["verified"]:
+        assert found["perplexity"] == pytest.approx(found["perplexity_of_checkpoint"], rel=0.01)
+        assert found["greedy_agreement_with_checkpoint"] > 0.95
     assert cli.main(["export", "--verify", str(model)]) == 0
     assert f"{model}: verified" in capsys.readouterr().out
     assert cli.main(arguments) == 0
@@ -105,17 +119,31 @@ def test_a_sound_export_passes_in_fresh_processes_of_transformers_5_and_4(
 
 
 def test_the_figures_are_those_of_the_stock_model(exported: Path):
-    """Perplexity and losses by a plain loop over the folder's weights in float32."""
+    """Perplexity and losses by a plain loop over the folder's weights in float32; validation rows count."""
     content = content_of(exported / "gpt_neox-model")
     model = AutoModelForCausalLM.from_pretrained(exported / "gpt_neox-model", dtype=torch.float32).eval()
+    published = content["expected"]["rows"]
     losses = []
-    for row, expected in zip(content["expected"]["rows"], content["expected"]["losses"], strict=True):
+    for row in [*published, *random_documents(8, seed=2)[:3]]:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row])).logits[0]
-        own = -logits[:-1].double().log_softmax(-1)[range(len(row) - 1), row[1:]]
-        assert own.tolist() == pytest.approx(expected, abs=1e-5)
-        losses += own.tolist()
-    assert content["verified"][0]["perplexity"] == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-5)
+        losses.append((-logits[:-1].double().log_softmax(-1)[range(len(row) - 1), row[1:]]).tolist())
+    for own, expected in zip(losses, content["expected"]["losses"], strict=False):
+        assert own == pytest.approx(expected, abs=1e-5)
+
+    def perplexity(rows: list[list[float]]) -> float:
+        return torch.tensor(list(itertools.chain(*rows)), dtype=torch.float64).mean().exp().item()
+
+    assert content["verified"][0]["perplexity"] == pytest.approx(perplexity(losses), rel=1e-5)
+    _, figures = certificate.verify(exported / "gpt_neox-model")
+    assert figures[0]["perplexity"] == pytest.approx(perplexity(losses[: len(published)]), rel=1e-5)
+
+
+def test_a_certificate_holds_the_tie_and_the_rotary_frequencies(exported: Path):
+    expected = content_of(exported / "llama-model")["expected"]
+    assert expected["tied"] is True
+    (frequencies,) = expected["buffers"].values()
+    assert frequencies == pytest.approx([10000 ** (-2 * place / 8) for place in range(4)])  # heads of 8
 
 
 def change_json(name: str, **changes) -> Callable[[Path], None]:
@@ -194,7 +222,27 @@ PLANTED = {
     "dtype of the configuration": ("llama", change_json("config.json", dtype="float32"), "config dtype"),
     "tokenizer": ("llama", merges_changed, "tokenizer: "),
     "chat template": ("llama", template_changed, "chat template: "),
-    "stop": ("llama", change_json("generation_config.json", eos_token_id=5), "generation_config eos_token_id"),
+    "stop": ("llama", change_json("generation_config.json", eos_token_id=5), "does not end at token 2"),
+    "a stop too many": ("llama", change_json("generation_config.json", eos_token_id=[2, 5]), r"also ends at \[5\]"),
+    "eos": ("llama", change_json("tokenizer_config.json", eos_token="<pad>"), "eos_token has id 3, in training .* 2"),
+    "bos": ("llama", change_json("tokenizer_config.json", bos_token="</s>"), "bos_token has id 2, in training .* 1"),
+    "pad": ("llama", change_json("tokenizer_config.json", pad_token="<unk>"), "pad_token has id 0, in training .* 3"),
+    "unknown": ("llama", change_json("tokenizer_config.json", unk_token="<s>"), "unk_token has id 1, in training .* 0"),
+    "ids without text": (
+        "llama",
+        change_json("generation_config.json", suppress_tokens=None),
+        r"generation_config suppress_tokens is None, exported was \[0, ",
+    ),
+    "a penalty": (
+        "llama",
+        change_json("generation_config.json", repetition_penalty=1.3),
+        "generation_config repetition_penalty is 1.3, exported was None",
+    ),
+    "n-grams": (
+        "gpt_neox",
+        change_json("generation_config.json", no_repeat_ngram_size=3),
+        "generation_config no_repeat_ngram_size is 3, exported was None",
+    ),
 }
 
 
@@ -246,9 +294,15 @@ def test_what_cannot_be_verified_is_refused(exported: Path, tmp_path: Path, fres
     change_json("config.json", hidden_size=48)(tmp_path / "model")
     failures, _ = certificate.verify(tmp_path / "model")
     assert any("cannot be reloaded with" in failure for failure in failures)
-    (tmp_path / "model" / "certificate.json").write_text("{")
-    with pytest.raises(UserError, match=r"damaged or of another version"):
-        certificate.verify(tmp_path / "model")
+    empty = content_of(exported / "llama-model") | {"expected": {}}
+    for content in ("{", '{"version": 1}', '{"version": 2}', "[]", '{"version": 2, "failures": {}}', json.dumps(empty)):
+        (tmp_path / "model" / "certificate.json").write_text(content)
+        with pytest.raises(UserError, match=r"damaged or of another version"):
+            certificate.verify(tmp_path / "model")
+    for content in ("{", "[]"):
+        (tmp_path / "model" / "tsumugu.json").write_text(content)
+        with pytest.raises(UserError, match=r"tsumugu.json is damaged"):
+            export(str(exported / "llama"), tmp_path / "model")
 
 
 def test_a_run_that_never_trained_is_said_to_be_so(exported: Path, runs: Path, capsys):
@@ -258,19 +312,98 @@ def test_a_run_that_never_trained_is_said_to_be_so(exported: Path, runs: Path, c
     assert "has taken no training step" not in (exported / "gpt_neox-model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_tensor_that_was_written_wrongly_shows_in_the_logits(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A mistake of the export itself: its own hashes agree with it."""
+def written_wrongly(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A mistake of the export itself, which what it has written agrees with."""
     write = export_module._write_weights
 
-    def with_heads_swapped(model, read, output):
-        name = QKV.replace("layers.1", "layers.0")
-        return write(model, lambda asked: heads_swapped(read(asked)) if asked == name else read(asked), output)
+    def wrongly(model, read, output):
+        return write(model, lambda asked: change(read(asked)) if asked == name else read(asked), output)
 
-    monkeypatch.setattr(export_module, "_write_weights", with_heads_swapped)
-    with pytest.raises(CertificateError, match=r"losses differ by up to \d.* from those of the checkpoint's tensors"):
+    monkeypatch.setattr(export_module, "_write_weights", wrongly)
+
+
+def test_a_tensor_that_was_written_wrongly_is_named(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written_wrongly(monkeypatch, QKV, heads_swapped)
+    with pytest.raises(CertificateError) as caught:
         export(str(runs / "gpt_neox"), tmp_path / "model")
+    assert caught.value.failures[0].startswith(f"tensor {QKV} has other values")
+    assert re.search(r"losses differ by up to \d", caught.value.failures[1])  # stock transformers finds it too
+
+
+def test_a_row_of_the_embedding_that_no_test_row_reads_is_compared_too(
+    runs: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = [*content_of(exported / "gpt_neox-model")["expected"]["rows"], *random_documents(8, seed=2)[:3]]
+    unread = max(set(range(read_contract(runs / "gpt_neox" / "tokenizer").vocab_size)) - set(itertools.chain(*rows)))
+    name = "gpt_neox.embed_in.weight"
+    written_wrongly(monkeypatch, name, lambda tensor: tensor.index_fill(0, torch.tensor([unread]), 9.0))
+    with pytest.raises(CertificateError) as caught:
+        export(str(runs / "gpt_neox"), tmp_path / "model")
+    (failure,) = caught.value.failures  # nothing else shows it
+    assert failure.startswith(f"tensor {name} has other values")
+
+
+def test_a_certificate_holds_no_text_of_the_data(exported: Path):
+    """Of the validation rows it has their number and a hash, and the figures in which they take part."""
+    content = content_of(exported / "gpt_neox-model")
+    rows = random_documents(8, seed=2)[:3]
+    assert not [row for row in rows if row in content["expected"]["rows"]]
+    assert len(content["expected"]["losses"]) == len(content["expected"]["rows"])
+    hashed = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    assert content["sample"] == {
+        **{"rows": 3, "split": "validation", "stores": {"store": 3}, "missing": []},
+        "sha256": hashed,
+    }
+    written = (exported / "gpt_neox-model" / "certificate.json").read_text(encoding="utf-8")
+    assert not [row for row in rows if json.dumps(row)[1:-1] in re.sub(r"\s+", " ", written)]
+
+
+def with_stores(run: Path, output: Path, *paths: Path) -> Path:
+    """A copy of a run that says it has read these stores."""
+    shutil.copytree(run, output)
+    content = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    content["data"] |= {
+        "store": None,
+        "stores": [{"name": path.name, "path": str(path), "weight": 1} for path in paths],
+    }
+    (output / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return output
+
+
+def test_rows_of_every_store_are_compared_and_those_that_are_gone_are_named(runs: Path, tmp_path: Path, capsys):
+    fingerprint, documents = read_contract(runs / "llama" / "tokenizer").fingerprint, random_documents(6, seed=4)
+    write_store(tmp_path / "news", documents, documents[:5], fingerprint=fingerprint)
+    write_store(tmp_path / "wiki", documents, documents[:1], fingerprint=fingerprint)
+    write_store(tmp_path / "code", documents, [], fingerprint=fingerprint)
+    write_store(tmp_path / "other", documents, documents)
+    stores = [tmp_path / name for name in ("gone", "other", "code", "news", "wiki")]
+    run = with_stores(runs / "llama", tmp_path / "run", *stores)
+    assert cli.main(["export", str(run), "--output", str(tmp_path / "model")]) == 0
+    shown = capsys.readouterr()
+    assert "compared on golden strings and 4 rows of validation data: 3 of news, 1 of wiki" in shown.out
+    assert "no rows were compared: the store gone cannot be opened where the run has read it" in shown.err
+    assert "no rows were compared: the store other is made with another tokenizer" in shown.err
+    assert "no rows were compared: the store code has no validation document" in shown.err
+    assert content_of(tmp_path / "model")["sample"]["stores"] == {"code": 0, "news": 3, "wiki": 1}
+    run = with_stores(runs / "llama", tmp_path / "alone", tmp_path / "gone", tmp_path / "other")
+    assert cli.main(["export", str(run), "--output", str(tmp_path / "without")]) == 0
+    assert "compared on golden strings alone" in capsys.readouterr().out
+    sample = content_of(tmp_path / "without")["sample"]
+    assert (sample["rows"], len(sample["missing"])) == (0, 2)
+
+
+def test_what_a_killed_export_left_is_said(runs: Path, exported: Path, tmp_path: Path, capsys):
+    (tmp_path / ".model-ab12_xyz").mkdir()
+    (tmp_path / ".model-ab12_xyz" / "tsumugu.json").write_text("{}")
+    shutil.copytree(exported / "llama-model", tmp_path / ".model-anothers")  # a finished one, so named
+    (tmp_path / ".model-folder__").mkdir()  # somebody's
+    (tmp_path / ".certificate-ab12_xyz").mkdir()
+    (tmp_path / ".certificate-ab12_xyz" / "asked.json").write_text("{}")
+    (tmp_path / ".certificate-folder__").mkdir()
+    assert cli.main(["export", str(runs / "llama"), "--output", str(tmp_path / "model")]) == 0
+    said = [line.split()[2] for line in capsys.readouterr().err.splitlines() if "was killed" in line]
+    assert said == [str(tmp_path / ".model-ab12_xyz"), str(tmp_path / ".certificate-ab12_xyz")]
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_a_dtype_that_costs_too_much_is_refused(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -323,6 +456,17 @@ def test_special_tokens_that_a_golden_string_spells_are_no_fault(tmp_path: Path)
     assert content_of(tmp_path / "out")["failures"] == []
 
 
+def test_a_tied_state_dict_may_name_the_matrix_by_either_end(tmp_path: Path):
+    config = tiny_config("llama", True)
+    config.save_pretrained(tmp_path)
+    model = stock_model(config)
+    tensors = {name: t for name, t in model.state_dict().items() if name != "model.embed_tokens.weight"}
+    torch.save(tensors, tmp_path / "model.pt")
+    assert export_state_dict(tmp_path / "model.pt", str(tmp_path), tmp_path / "out", "float32")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["model.embed_tokens.weight"], model.lm_head.weight)
+
+
 def test_state_dicts_that_are_not_those_of_the_configuration_are_refused(tmp_path: Path):
     config = tiny_config("gpt_neox", False)
     config.save_pretrained(tmp_path)
@@ -342,7 +486,8 @@ def test_state_dicts_that_are_not_those_of_the_configuration_are_refused(tmp_pat
     assert "has, unlike the model of that configuration, extra" in refusal({**tensors, "extra": torch.ones(1)})
     assert f"in another shape than the configuration's {norm}" in refusal({**tensors, norm: torch.ones(3)})
     assert "which the configuration ties: lm_head.weight" in refusal(tensors, tmp_path / "tied")
-    assert "not all in it are tensors" in refusal({"epoch": 3})
+    for content in ({"epoch": 3}, [torch.ones(1)], torch.ones(2), {1: torch.ones(1)}, {}, {"model": [1]}):
+        assert "not all in it are tensors by name" in refusal(content)
     assert "is no state dict of torch" in refusal({"a": UserError("code")})
     with pytest.raises(UserError, match="does not exist"):
         export_state_dict(tmp_path / "none.pt", str(tmp_path), tmp_path / "out", "float32")
@@ -365,6 +510,9 @@ def test_the_card_names_the_base_model_its_licence_and_its_terms(exported: Path,
     assert '- Some-Llama\n- License / ライセンス: llama3.1\n- The name must begin with "Llama"' in card
     assert "| store | 1 |" in card
     assert "| training loss / 学習損失 |" in card
+    assert "## Certificate / 証明書" in card
+    verified = content_of(tmp_path / "model")["verified"][0]
+    assert f"| {verified['transformers']} | {verified['torch']} |" in card
     assert str(tmp_path) not in card
     assert "None: trained from random weights" in (exported / "gpt_neox-model" / "README.md").read_text(
         encoding="utf-8"

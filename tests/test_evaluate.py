@@ -23,11 +23,12 @@ from support.runs import run_config
 from support.stores import random_documents, write_store
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tsumugu import generate
 from tsumugu.cli import main
 from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
-from tsumugu.evaluate import harness
+from tsumugu.evaluate import harness, models
 from tsumugu.evaluate.evaluation import Evaluation, evaluate
 from tsumugu.evaluate.likelihood import Windows, pieces_of
 from tsumugu.export import export
@@ -70,6 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Pa
     made(root / "instructions", tokenizer_folder, examples, examples, [[1] * len(ids) for ids in examples])
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in TEXTS]
     (root / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (root / "prompts.txt").write_text("朝早く\n雨が\n図書館は\n", encoding="utf-8")
     tiny_config("llama", False, vocab_size=vocab_size).save_pretrained(root / "config")
     for name, (store, data) in RUNS.items():
         if name == "lora" and not HAS_PEFT:
@@ -158,13 +160,18 @@ def of_every_cut(root: Path, batch_size: int) -> list[dict]:
     ]
 
 
-def on_a_rank(root: Path) -> tuple[list[dict], list]:
+def replies(root: Path) -> list[dict]:
+    asked = Evaluation(models=[str(root / "base")], prompts=root / "prompts.txt", max_new_tokens=3)
+    return evaluate(asked)["models"][0]["replies"]
+
+
+def on_a_rank(root: Path) -> tuple[list[dict], list, list[dict]]:
     group, calls = new_group(), []
     shared = [harness._shared(list(range(number)), lambda own: calls.append(own) or own, group) for number in (1, 7)]
-    return of_every_cut(root, 3), [shared, calls]
+    return of_every_cut(root, 3), [shared, calls], replies(root)
 
 
-def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path):
+def test_figures_and_replies_are_those_of_a_plain_loop_on_any_batches_and_processes(root: Path):
     token_bytes = read_contract(root / "base").token_bytes
     expected = []
     for packing, stride in CUTS:
@@ -183,10 +190,13 @@ def test_figures_of_a_store_are_those_of_a_plain_loop_on_any_batches_and_process
     for batch_size in (1, 3, 64):
         assert of_every_cut(root, batch_size) == [pytest.approx(cut, rel=1e-12) for cut in expected], batch_size
     of_two_processes = run_ranks(on_a_rank, 2, root)
-    for found, (shared, _) in of_two_processes:
+    alone = replies(root)
+    assert len(alone) == 3
+    for found, (shared, _), shared_replies in of_two_processes:
+        assert shared_replies == alone
         assert found == [pytest.approx(cut, rel=1e-12) for cut in expected]
         assert shared == [[0], list(range(7))]  # requests of tasks: all replies, in order
-    assert [calls for _, (_, calls) in of_two_processes] == [[[0, 1, 2]], [[0], [3, 4, 5, 6]]]
+    assert [calls for _, (_, calls), _ in of_two_processes] == [[[0, 1, 2]], [[0], [3, 4, 5, 6]]]
 
 
 @pytest.mark.parametrize("length", [1, 4, 7])
@@ -292,15 +302,28 @@ def test_a_folder_without_a_contract_is_known_by_its_tokenizer(root: Path, tmp_p
         ({"stores": ["empty"]}, "holds no document"),
         ({"texts": ["texts.jsonl"], "packing": "concatenate"}, "document by document"),
         ({"tasks": ["jsquad"]}, "no --task-data"),
-        ({"models": ["pad_left"], "prompts": "texts.jsonl"}, "not prompt, input and system"),
-        ({"models": ["pad_left"], "prompts": "prompts.txt"}, "is a run"),
+        ({"models": ["pad_left"], "prompts": "texts.jsonl"}, "texts.jsonl:1: no prompt"),
+        ({"prompts": "cp932.txt"}, "cp932.txt is not UTF-8 at byte 0"),
+        ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"prompts": "prompts.txt", "template": "nobody's"}, "no template nobody's"),
+        ({"models": ["base", "pad_left"], "prompts": "long.txt"}, "prompt 2: the prompt has .* the model has 1024"),
+        ({"stores": ["text"], "prompts": "prompts.txt", "template": "chatml"}, "lacks .* of the template"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(asked: dict, message: str, root: Path, tmp_path: Path):
+def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
+    asked: dict, message: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*_):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(models, "load", never)
+    monkeypatch.setattr(generate, "load_model", never)
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     write_store(tmp_path / "foreign", random_documents(3, seed=1), random_documents(3, seed=1))
     made(tmp_path / "empty", root / "base", random_documents(3, seed=1), [])
     (tmp_path / "prompts.txt").write_text("朝\n")
+    (tmp_path / "cp932.txt").write_bytes("朝\n".encode("cp932"))
+    (tmp_path / "long.txt").write_text("朝\n" + "雨" * 2000)
     paths = {"models": ["base"]} | asked
     for key in ("models", "texts"):
         paths[key] = [str(tmp_path / name) for name in paths.get(key, [])]
@@ -315,17 +338,25 @@ def test_what_cannot_be_evaluated_is_refused(asked: dict, message: str, root: Pa
 
 
 def test_models_stand_side_by_side_in_a_table_and_in_json(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    (tmp_path / "prompts.txt").write_text('朝早く\n{"prompt": "雨が"}\n', encoding="utf-8")
+    records = [{"prompt": "朝早く"}, {"messages": [{"role": "user", "content": "雨が"}]}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     command = ["evaluate", str(root / "base"), str(root / "tuned"), "--store", str(root / "text")]
-    command += ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    command += [
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--max-new-tokens",
+        "4",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(command) == 0
     shown = capsys.readouterr().out
     report = json.loads((tmp_path / "out").read_text(encoding="utf-8"))
-    assert report["prompts"] == ["朝早く", "雨が"]
+    assert report["prompts"] == records
     for entry in report["models"]:
         folder = Path(entry["model"])
-        expected = [Generator(folder).generate(prompt, max_new_tokens=4) for prompt in report["prompts"]]
-        assert [(reply["reply"], reply["ended"]) for reply in entry["replies"]] == expected
+        expected = [Generator(folder).generate(prompt, max_new_tokens=4) for prompt in ("朝早く", "雨が")]
+        assert [(reply["reply"], reply["stopped"]) for reply in entry["replies"]] == expected
         assert f"{entry['stores'][0]['loss']:.6g}" in shown
         assert entry["tokenizer"] == report["stores"][0]["tokenizer"]
         assert len(entry["weights"]) == 64
@@ -336,9 +367,37 @@ def test_models_stand_side_by_side_in_a_table_and_in_json(root: Path, tmp_path: 
     assert json.loads(capsys.readouterr().out)["models"][0]["stores"] == report["models"][0]["stores"]
 
 
-def test_what_is_wrong_is_one_line(root: Path, capsys: pytest.CaptureFixture):
+def test_runs_reply_too_and_in_the_dtype_that_is_asked_for(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "prompts.txt").write_text("朝早く\n雨が\n", encoding="utf-8")
+    loaded, load = [], generate.load_model
+    monkeypatch.setattr(generate, "load_model", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
+    names = [f"{root / 'pad_left'}@{step}" for step in (2, 3)]
+    asked = {"prompts": tmp_path / "prompts.txt", "max_new_tokens": 4, "dtype": "bfloat16"}
+    found = evaluate(Evaluation(models=[str(root / "pad_left")], each_checkpoint=True, **asked))
+    assert [model.dtype for model in loaded] == [torch.bfloat16, torch.bfloat16]
+    assert [entry["model"] for entry in found["models"]] == names
+    for name, entry in zip(names, found["models"], strict=True):
+        generator = Generator(name, dtype="bfloat16")
+        expected = [generator.generate(prompt, max_new_tokens=4) for prompt in ("朝早く", "雨が")]
+        assert [(reply["reply"], reply["stopped"]) for reply in entry["replies"]] == expected
+
+
+def test_a_folder_of_adapters_has_the_figures_of_its_run(root: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    export(str(root / "lora"), tmp_path / "adapter", dtype="float64", adapter=True)
+    (tmp_path / "base").symlink_to(root / "base")
+    asked = {"stores": [root / "instructions"], "dtype": "float64"}
+    run = Evaluation(models=[str(root / "lora@3")], **asked)
+    (folder,) = figures(Evaluation(models=[str(tmp_path / "adapter")], **asked))
+    assert folder == pytest.approx(figures(run)[0], rel=1e-6)  # peft merges in float32
+
+
+def test_what_is_wrong_is_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(["evaluate", str(root / "base")]) == 2
     assert capsys.readouterr().err == ("tsumugu: nothing to evaluate on (give --store, --text, --tasks or --prompts)\n")
+    for output in (tmp_path, tmp_path / "nowhere" / "report.json"):
+        assert main(["evaluate", "nothing", "--store", "nothing", "--output", str(output)]) == 2
+        assert f"--output {output} cannot be written" in capsys.readouterr().err
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -588,9 +647,46 @@ def test_a_run_has_the_scores_of_its_export(root: Path, task_data: Path, tmp_pat
 
 
 @needs_harness
-def test_a_model_without_a_chat_template_is_refused(root: Path, task_data: Path):
+def test_what_tasks_cannot_be_asked_is_refused_before_a_model_is_loaded(
+    root: Path, task_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*_):
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr(models, "load", never)
     with pytest.raises(UserError, match="has no chat template"):
         tasks_of(root, task_data, tasks=["jmmlu"], chat_template=True)
+    with pytest.raises(UserError, match=r"has no chat template"):
+        tasks_of(root, task_data, tasks=["jmmlu"], chat_template=True, models=[str(root / "document_mask")])
+    data = shutil.copytree(task_data, tmp_path / "data")
+    config = tiny_config("gpt2", True, vocab_size=read_contract(root / "base").vocab_size, n_positions=200)
+    stock_model(config).save_pretrained(shutil.copytree(root / "base", tmp_path / "short"))
+    with pytest.raises(UserError, match=r"wants replies of 256 tokens, .* has 200 positions"):
+        tasks_of(root, task_data, tasks=["jsquad"], models=[str(tmp_path / "short")])
+    squad_file, choices = data / "jsquad-v1.3" / "valid-v1.3.json", data / "JMMLU" / "anatomy.csv"
+    common = data / "jcommonsenseqa-v1.3" / "valid-v1.3.json"
+    document, article = common_sense(1, 2)[0], squad(1, 2)
+    without_answer = json.loads(json.dumps(article))
+    without_answer[0]["paragraphs"][0]["qas"][0]["answers"] = []
+    for task, file, content, message in (
+        ("jsquad", squad_file, "[1, 2]", "line 1: no JSON object"),
+        ("jsquad", squad_file, '{"data": 3}', "not of SQuAD's form"),
+        ("jsquad", squad_file, '{"data": [{"title": "a"}]}', "not of SQuAD's form: KeyError 'paragraphs'"),
+        ("jsquad", squad_file, json.dumps({"data": without_answer}), "cannot be asked of its documents"),
+        ("jcommonsenseqa", common, "3\n", "line 1: no JSON object"),
+        ("jcommonsenseqa", common, "\n", "holds no document"),
+        ("jcommonsenseqa", common, json.dumps({"question": "a"}), "cannot be asked of its documents"),
+        ("jcommonsenseqa", common, json.dumps(document | {"label": -1}), "the answer -1 is none of the 5 choices"),
+        ("jcommonsenseqa", common, json.dumps(document | {"label": "x"}), "the answer 'x' is none of the 5 choices"),
+        ("jmmlu", choices, "問,1,2,3,4,A".encode("cp932"), "not UTF-8"),
+        ("jmmlu", choices, '"' + "a" * 200_000 + '",1,2,3,4,A', "no CSV: field larger than field limit"),
+        ("jmmlu", choices, "a,1,2,3,4,E", "not a question, four choices and a letter"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match=message):
+            tasks_of(root, data, tasks=[task])
+        file.write_bytes(before)
 
 
 def test_task_files_of_ones_own_read_local_files_and_nothing_else(task_data: Path, tmp_path: Path):
@@ -603,6 +699,11 @@ def test_task_files_of_ones_own_read_local_files_and_nothing_else(task_data: Pat
         ({"dataset_path": "Rakuten/JGLUE"}, "dataset_path, which names a data set of the hub"),
         ({"tsumugu": {"form": "lines"}}, "does not say which files it reads"),
         ({"tsumugu": {"form": "lines", "files": {"test": "nothing*"}}}, r"holds no nothing\*"),
+        ({"tsumugu": {"form": ["lines"], "files": {}}}, "does not say which files it reads"),
+        ({"tsumugu": {"form": "lines", "files": ["a"]}}, "does not say which files it reads"),
+        ({"test_split": "other"}, "evaluates a split that no file is named for"),
+        ({"output_type": None}, "has no output_type"),
+        ({"metric_list": []}, "has no metric_list"),
     ):
         file.write_text(yaml.safe_dump(own | change), encoding="utf-8")
         with pytest.raises(UserError, match=message):

@@ -15,13 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tsumugu import generate
 from tsumugu.cli import main
 from tsumugu.config import LoraConfig
 from tsumugu.data.instructions import TEMPLATES, Message
 from tsumugu.distributed.environment import process_group
 from tsumugu.errors import UserError
 from tsumugu.export import export
-from tsumugu.generate import Decoding, Generator, answer, converse, load_model
+from tsumugu.generate import Decoding, Generator, answer, converse, find_source, load_model
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.train import train_byte_level
 from tsumugu.training.signals import StopRequest
@@ -429,7 +430,8 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_a_run_says_what_its_export_says(run_folder: Path, exported: Path):
-    model, tokenizer, origin = load_model(str(run_folder))
+    generator = Generator(run_folder)
+    model, tokenizer, origin = generator.model, generator.tokenizer, generator.source.origin
     stock = AutoModelForCausalLM.from_pretrained(exported)
     assert torch.equal(logits(model), logits(stock))
     assert origin["step"] == 4
@@ -437,31 +439,100 @@ def test_a_run_says_what_its_export_says(run_folder: Path, exported: Path):
     own, others = (m.generation_config.to_diff_dict() for m in (model, stock))
     assert [own.get(key) for key in STOPPING] == [others.get(key) for key in STOPPING]
     assert Generator(run_folder).generate(PROMPT, "", 8) == Generator(exported).generate(PROMPT, "", 8)
-    assert load_model(str(run_folder), "bfloat16")[0].dtype == torch.bfloat16
+    assert load_model(find_source(str(run_folder)), "bfloat16").dtype == torch.bfloat16
 
 
 def test_an_earlier_checkpoint_can_be_asked(run_folder: Path):
-    earlier, _, origin = load_model(f"{run_folder}@2")
-    assert origin["step"] == 2
-    assert not torch.equal(logits(earlier), logits(load_model(str(run_folder))[0]))
+    earlier = find_source(f"{run_folder}@2")
+    assert earlier.origin["step"] == 2
+    assert not torch.equal(logits(load_model(earlier)), logits(load_model(find_source(str(run_folder)))))
 
 
-def test_adapters_of_a_run_are_added_to_their_base_model(run_folder: Path, exported: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def adapted(run_folder: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
+    """A run with adapters beside `exported`, and the logits of its model."""
     pytest.importorskip("peft")
+    run = tmp_path_factory.mktemp("generate-lora") / "run"
     changes = {"model.pretrained": str(exported), "model.lora": LoraConfig(rank=2), "train.max_steps": 2}
     changes |= {"train.global_batch_size": 2, "train.micro_batch_size": 2, "optimizer.learning_rate": 0.05}
     with process_group() as environment:
-        trainer = Trainer(run_config(run_folder.parent / "store", changes), tmp_path / "run", environment)
+        trainer = Trainer(run_config(run_folder.parent / "store", changes), run, environment)
         trainer.train(StopRequest())
-        expected = logits(trainer.model.eval())
-    found = logits(load_model(str(tmp_path / "run"))[0])
+        return run, logits(trainer.model.eval())
+
+
+def test_adapters_of_a_run_are_added_to_their_base_model(adapted: tuple[Path, torch.Tensor], exported: Path):
+    run, expected = adapted
+    found = logits(load_model(find_source(str(run))))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert not torch.allclose(found, logits(AutoModelForCausalLM.from_pretrained(exported)), atol=1e-3)
 
 
+def test_a_folder_of_adapters_is_that_model_too_where_its_base_model_is_beside_it(
+    adapted: tuple[Path, torch.Tensor], exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run, expected = adapted
+    folder = tmp_path / "adapter"
+    export(str(run), folder, adapter=True)
+    assert main(["generate", str(folder), "--prompt", "雨"]) == 2
+    assert f"which is neither here nor beside that folder (put or link it to {tmp_path / 'model'})" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "model").symlink_to(exported)
+    generator = Generator(folder)
+    torch.testing.assert_close(logits(generator.model), expected, rtol=0, atol=1e-5)
+    assert generator.generate(PROMPT, "", 8) == Generator(run).generate(PROMPT, "", 8)
+    of_adapter, of_run = (one.model.generation_config for one in (generator, Generator(run)))
+    assert [getattr(of_adapter, key) for key in STOPPING] == [getattr(of_run, key) for key in STOPPING]
+    assert main(["export", "--verify", str(folder)]) == 0
+    (tmp_path / "model").unlink()
+    stock_model(AutoModelForCausalLM.from_pretrained(exported).config, seed=5).save_pretrained(tmp_path / "model")
+    for command in (["generate", str(folder), "--prompt", "雨"], ["export", "--verify", str(folder)]):
+        assert main(command) == 2
+        assert "is not the model beside which the adapters were trained" in capsys.readouterr().err
+
+
+def test_damaged_settings_are_one_line(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    for name, content in (("generation_config.json", "{"), ("generation_config.json", "[]"), ("tsumugu.json", "[1]")):
+        folder = shutil.copytree(model_folder, tmp_path / "model", dirs_exist_ok=True)
+        (folder / name).write_text(content)
+        assert main(["generate", str(folder), "--prompt", "雨"]) == 2, (name, content)
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert name in err or content == "[]"
+        (folder / name).unlink()
+
+
+def test_weights_that_are_not_the_models_are_one_line(model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture):
+    """transformers would fill in random numbers for those that are missing."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    wrong = {"gpt_neox.final_layer_norm.bias": torch.ones(3)}
+    for content, message in (
+        ([torch.ones(1)], "cannot be loaded"),
+        ({1: torch.ones(1)}, "cannot be loaded"),
+        ({"a": torch.ones(1)}, "lacks weights: "),
+        (wrong, "cannot be loaded"),
+    ):
+        torch.save(content, folder / "pytorch_model.bin")
+        assert main(["generate", str(folder), "--prompt", "雨"]) == 2
+        err = capfd.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1, err
+
+
+def test_prompts_that_are_not_utf_8_are_one_line_before_the_model_is_loaded(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "prompts.txt").write_bytes("雨は？\n".encode("cp932"))
+    assert main(["generate", str(model_folder), "--prompts", str(tmp_path / "prompts.txt")]) == 2
+    assert "prompts.txt is not UTF-8 at byte 0" in capsys.readouterr().err
+
+
 def test_a_run_without_the_checkpoint_is_the_users_error(run_folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="no complete checkpoint of step 3"):
-        load_model(f"{run_folder}@3")
+        find_source(f"{run_folder}@3")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no complete checkpoint"):
-        load_model(str(tmp_path))
+        find_source(str(tmp_path))

@@ -55,6 +55,10 @@ def done(tmp_path_factory) -> tuple[Path, str]:
 def test_it_makes_a_model_and_says_so(done):
     work_dir, output = done
     assert (work_dir / "model-instruct" / "model.safetensors").exists()
+    for name in ("model-base", "model-instruct"):
+        certificate = json.loads((work_dir / name / "certificate.json").read_text(encoding="utf-8"))
+        assert (certificate["failures"], certificate["sample"]["rows"]) == ([], 4)
+        assert certificate["verified"][0]["logit_difference"] == 0
     for words in ("validation bits per byte", "What was made", "Next:", "[instruct]"):
         assert words in output
 

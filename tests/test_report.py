@@ -16,11 +16,13 @@ import pytest
 import torch
 import yaml
 from support.browser import EXECUTABLE, Browser, browser
-from support.runs import text_run
+from support.runs import run_config, text_run
 
 from tsumugu.cli import main
 from tsumugu.errors import UserError
 from tsumugu.report import downsample, report
+from tsumugu.training.metrics import read_metrics
+from tsumugu.training.trainer import train
 
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">&amp;"\''
 
@@ -155,6 +157,54 @@ def test_several_runs_are_told_apart_and_compared(tmp_path: Path, monkeypatch: p
     differing = text[text.index("What differs") : text.index("All keys")]
     assert "optimizer.learning_rate" in differing
     assert "same" not in differing
+
+
+def test_hours_of_a_run_that_goes_on_from_another_are_those_of_its_own_steps(trained: Path, tmp_path: Path):
+    changes = {"train.start_from": f"{trained}@2", "train.start_state": "full", "train.max_steps": 6}
+    changes |= {"train.global_batch_size": 2, "train.micro_batch_size": 2, "optimizer.learning_rate": 0.01}
+    train(run_config(trained.parent / "store", changes), tmp_path / "run")
+    _, _, figures = read(report([tmp_path / "run"])[0])
+    lines = [line for line in read_metrics(tmp_path / "run") if "step_seconds" in line]
+    assert [line["step"] for line in lines] == [3, 4, 5, 6]
+    axes = figures["runs"][0]["axes"]
+    assert axes["step"] == [2, 3, 4, 5, 6]
+    assert axes["hours"][0] == 0
+    assert axes["hours"][-1] == pytest.approx(sum(line["step_seconds"] for line in lines) / 3600, rel=1e-4)
+    of_two_steps = next(line for line in read_metrics(trained) if line["step"] == 2 and "tokens_seen" in line)
+    assert axes["tokens"][0] == pytest.approx(of_two_steps["tokens_seen"], rel=0.1)
+
+
+def test_nothing_beside_the_page_is_touched(tmp_path: Path):
+    run = make_run(tmp_path / "run")
+    (run / ".report.html").write_text("mine")
+    before = {path.name for path in run.iterdir()}
+    report([run])
+    assert {path.name for path in run.iterdir()} == before | {"report.html"}
+    assert (run / ".report.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.yaml", "train: [1", "config.yaml is damaged"),
+        ("config.yaml", "- 1", "config.yaml is damaged: not keys and values"),
+        ("config.yaml", "train: 雨", "config.yaml is damaged"),  # in CP932
+        ("mixture.json", "{", "mixture.json is damaged"),
+        ("starts.jsonl", '{"step": 0}\n', "starts.jsonl is damaged: not every line is a start"),
+        ("starts.jsonl", "3\n", "starts.jsonl is damaged"),
+        ("metrics.jsonl", '{"step": 1, "loss": 2}\n[1, 2]\n', "metrics.jsonl:2 holds no figures of a step"),
+        ("metrics.jsonl", '"loss"\n', "metrics.jsonl:1 holds no figures of a step"),
+    ],
+)
+def test_damaged_files_of_a_run_are_one_line(
+    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    run = make_run(tmp_path / "run")
+    (run / name).write_bytes(content.encode("cp932"))
+    assert main(["report", str(run)]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -1,7 +1,9 @@
 """The certificate of an export: proof that what stock transformers makes of a folder is what was trained.
 
-The expected side is computed here, from the checkpoint's own tensors in the names of memory; the found side by
-`reload.py` in a fresh process, from the folder alone. Neither holds a whole model: see there.
+The expected side is computed here, from the checkpoint's own tensors in the names of memory, which are read once more;
+the found side by `reload.py` in a fresh process, from the folder alone. Neither holds a whole model: see there.
+
+What stays in the folder holds no text of anyone's: of the validation rows it has a hash and figures, not the ids.
 """
 
 import copy
@@ -12,7 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from tsumugu import __version__
 from tsumugu.data.instructions import Message, prompt_ids
@@ -30,13 +33,23 @@ from tsumugu.data.instructions.chat import ChatTemplate
 from tsumugu.data.instructions.encode import special_ids
 from tsumugu.data.instructions.templates import EOS, Template
 from tsumugu.errors import UserError
-from tsumugu.model import build
-from tsumugu.reload import buffers, computing_in_float32, device_at_hand, is_tied, real_logits, vocabulary_sha256
+from tsumugu.model import adapter as adapter_folder
+from tsumugu.model import build, lora
+from tsumugu.reload import (
+    buffers,
+    computing_in_float32,
+    device_at_hand,
+    generation_settings,
+    is_tied,
+    real_logits,
+    vocabulary_sha256,
+)
 from tsumugu.tokenizer.contract import Contract
 from tsumugu.tokenizer.load import BulkEncoder, load_tokenizer
 
 FILE = "certificate.json"
-VERSION = 1
+VERSION = 2
+SCRATCH, ASKED = ".certificate-", "asked.json"  # the folder beside an export through which it is reloaded
 
 # Of the largest logit. In one environment the logits are equal to the last bit; other versions of torch and
 # transformers order the same sums otherwise: float32 has 1.2e-7, and a deep model adds up some hundred of them.
@@ -45,6 +58,13 @@ _PERPLEXITY = 0.05  # relative: what the dtype of the export may cost (bfloat16 
 _ROW_TOKENS = 64
 
 Read = Callable[[str], torch.Tensor]  # a name in memory → the whole tensor, in the dtype of the checkpoint
+
+
+# Of a certificate, what is read again.
+_PARTS = {"failures": list, "verified": list, "expected": dict, "sample": dict, "tensors": dict}
+_PARTS |= {"files": dict, "origin": dict}
+_EXPECTED = {"dtype", "rows", "losses", "largest_logit", "tied", "buffers", "config", "adapter", "texts", "golden"}
+_EXPECTED |= {"decoded", "default", "vocabulary", "tokenizer_json", "conversations", "prompts", "special", "generation"}
 
 
 class ReloadError(Exception):
@@ -57,29 +77,33 @@ class Subject:
 
     Attributes:
         model: On the meta device, of the configuration that was trained.
-        read: The trained tensors.
+        read: The trained tensors, adapters merged.
+        unmerged: Of a run with adapters: these beside the weights of their base model.
         dtype: Of the export.
-        tensors: By their names on disk, what was written: see `describe`.
+        parts: What the files are to hold, by the names on disk, read again part by part.
         tokenizer: The folder of the one it was trained with; None where there is none.
         contract: Of that tokenizer.
         template: What it was trained with, if anything.
         add_bos: Whether bos was in front in training.
-        stops: Ids at which generation must end.
+        generation: What generation_config.json is to say; None where there is none.
         sample: Rows of ids of the validation data, where they are at hand.
-        adapter: Whether it is an adapter for peft, which is reloaded beside its base model, whose settings are its own.
+        drawn: What the certificate says about these rows.
+        base: Of adapters alone: the model that they are reloaded beside, whose settings are its own.
     """
 
     model: PreTrainedModel
     read: Read
+    unmerged: lora.Unmerged | None
     dtype: torch.dtype
-    tensors: dict[str, dict]
+    parts: Callable[[], Iterator[dict[str, torch.Tensor]]]
     tokenizer: Path | None
     contract: Contract | None
     template: Template | ChatTemplate | None
     add_bos: bool
-    stops: list[int]
+    generation: GenerationConfig | None
     sample: list[list[int]]
-    adapter: bool
+    drawn: dict
+    base: Path | None
 
 
 def describe(tensor: torch.Tensor) -> dict:
@@ -103,18 +127,24 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
     Returns:
         The certificate, without its list of files: `seal` adds that. Its `failures` are empty where all is well.
     """
-    expected, trained, rounded = _expected(subject)
-    failures = [*_tensor_faults(folder, subject.tensors), *_tokenizer_faults(folder, expected)]
+    tensors = {name: describe(tensor) for part in subject.parts() for name, tensor in part.items()}
+    expected, merged, rounded = _expected(subject)
+    public = len(expected["rows"]) - len(subject.sample)
+    private = json.dumps(expected["rows"][public:])
+    trained = _unmerged_logits(subject, expected["rows"]) if subject.unmerged else merged
+    failures = [*_tensor_faults(folder, tensors), *_tokenizer_faults(folder, expected)]
+    if not (apart := _difference(merged, trained)) <= _LOGITS * max(map(_largest, trained)):
+        failures.append(f"merged, the adapters give logits that differ by up to {apart:.3g} from those beside the base")
     verified: list[dict] = []
     for interpreter in [sys.executable, *([python] if python else [])]:
         try:
-            found, logits = _reloaded(folder, expected, interpreter)
+            found, logits = _reloaded(folder, expected, interpreter, subject.base)
         except ReloadError as error:
             failures.append(str(error))
             continue
         faults, figures = _differences(expected, found, logits)
         largest = max(map(_largest, rounded))
-        difference = float(np.max([_largest(a - b) for a, b in zip(logits, rounded, strict=True)]))  # nan stays nan
+        difference = _difference(logits, rounded)
         if not difference <= _LOGITS * largest and not faults:
             faults.append(f"logits differ by up to {difference:.3g} from those of the checkpoint's tensors")
         figures |= {"logit_difference": difference, "largest_logit": largest}
@@ -135,8 +165,10 @@ def certify(folder: Path, subject: Subject, python: str | None = None) -> dict:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "failures": failures,
         "verified": verified,
-        "expected": expected,
-        "tensors": subject.tensors,
+        # of the validation data, whose rows are the last ones, neither ids nor losses: they are somebody's text
+        "expected": expected | {key: expected[key][:public] for key in ("rows", "losses")},
+        "sample": subject.drawn | {"sha256": hashlib.sha256(private.encode()).hexdigest()},
+        "tensors": tensors,
     }
 
 
@@ -155,7 +187,8 @@ def read(folder: Path) -> dict:
     """
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        if content["version"] == VERSION:
+        whole = content["version"] == VERSION and all(isinstance(content[key], kind) for key, kind in _PARTS.items())
+        if whole and content["expected"].keys() >= _EXPECTED | {"stops"}:
             return content
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} holds no {FILE}", "only folders of `tsumugu export` can be verified") from None
@@ -175,13 +208,17 @@ def verify(folder: Path, python: str | None = None) -> tuple[list[str], list[dic
         What is wrong, and the figures of the reload.
 
     Raises:
-        UserError: It has no certificate.
+        UserError: It has no certificate, or is adapters whose base model is not there.
     """
     certificate = read(folder)
+    base = None
+    if certificate["expected"]["adapter"]:
+        base = adapter_folder.find_base(folder)
+        adapter_folder.check_base(base, certificate["origin"])
     failures = [*certificate["failures"], *file_faults(folder), *_tensor_faults(folder, certificate["tensors"])]
     failures += _tokenizer_faults(folder, certificate["expected"])
     try:
-        found, logits = _reloaded(folder, certificate["expected"], python or sys.executable)
+        found, logits = _reloaded(folder, certificate["expected"], python or sys.executable, base)
     except ReloadError as error:
         return [*failures, str(error)], []
     faults, figures = _differences(certificate["expected"], found, logits)
@@ -218,8 +255,8 @@ def _expected(subject: Subject) -> tuple[dict, list[torch.Tensor], list[torch.Te
         "largest_logit": max(map(_largest, rounded)),
         "tied": is_tied(model),
         "buffers": rotary,
-        "config": {} if subject.adapter else _comparable(model.config),
-        "adapter": subject.adapter,
+        "config": {} if subject.base else _comparable(model.config),
+        "adapter": subject.base is not None,
         "texts": list(golden),
         "golden": list(golden.values()),
         "decoded": [],
@@ -228,9 +265,12 @@ def _expected(subject: Subject) -> tuple[dict, list[torch.Tensor], list[torch.Te
         "tokenizer_json": "",
         "conversations": conversations,
         "prompts": prompts,
-        "stops": subject.stops,
+        "special": {},
+        "generation": generation_settings(subject.generation) if subject.generation else None,
+        "stops": (subject.generation and subject.generation.eos_token_id) or [],
     }
-    if golden and subject.tokenizer:
+    if golden and subject.tokenizer and contract:
+        expected["special"] = {name: getattr(contract, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
         tokenizer = load_tokenizer(subject.tokenizer)
         expected["decoded"] = [tokenizer.decode(ids, skip_special_tokens=False) for ids in expected["golden"]]
         expected["default"] = tokenizer.encode("あ").ids
@@ -254,30 +294,49 @@ def _golden_rows(subject: Subject) -> list[list[int]]:
 
 def _logits_of(subject: Subject, rows: list[list[int]]) -> tuple[list[torch.Tensor], list[torch.Tensor], dict]:
     """Logits of the trained tensors, and of those cast to the export's dtype; and the model's own buffers."""
-    model = copy.deepcopy(subject.model).eval()
+
+    def cast(name: str) -> torch.Tensor:
+        values = subject.read(name)
+        return values.to(subject.dtype) if values.is_floating_point() else values
+
+    trained, rounded = _computing(subject.model, subject.read), _computing(subject.model, cast)
+    device = device_at_hand()
+    return real_logits(trained, rows, device), real_logits(rounded, rows, device), buffers(rounded)
+
+
+def _unmerged_logits(subject: Subject, rows: list[list[int]]) -> list[torch.Tensor]:
+    """Logits as in training: in each adapted layer A and B of its adapter (Hu et al., 2021) beside the base weight."""
+    unmerged = subject.unmerged
+    assert unmerged
+    model, device = _computing(subject.model, unmerged.weight), device_at_hand()
+    for layer, factors in unmerged.factors.items():
+        first, second = (factor.float().to(device) for factor in factors)
+
+        def beside(module, inputs, output, first=first, second=second):
+            return output + unmerged.scale * (inputs[0] @ first.T @ second.T)
+
+        model.get_submodule(layer).register_forward_hook(beside)
+    return real_logits(model, rows, device)
+
+
+def _computing(meta: PreTrainedModel, read: Read) -> PreTrainedModel:
+    """A model that holds nothing, and has each module's tensors read for the moment in which it computes."""
+    model = copy.deepcopy(meta).eval()
     names = {module: prefix for prefix, module in model.named_modules()}
-    saved, device = model.state_dict().keys(), device_at_hand()
-    ties = {name: source for name, source in model.all_tied_weights_keys.items()}
+    saved, ties = model.state_dict().keys(), dict(model.all_tied_weights_keys)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.zeros_like(buffer, device="cpu")
     build.rebuild_buffers(model)
-    rotary = buffers(model)
-    cast = False
 
     def fetch(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
         full = f"{names[module]}.{name}".removeprefix(".")
         full = ties.get(full, full)
-        if full not in saved:
-            return tensor
-        values = subject.read(full)
-        return values.to(subject.dtype) if cast and values.is_floating_point() else values
+        return read(full) if full in saved else tensor
 
-    computing_in_float32(model, device, fetch)
-    trained = real_logits(model, rows, device)
-    cast = True
-    return trained, real_logits(model, rows, device), rotary
+    computing_in_float32(model, device_at_hand(), fetch)
+    return model
 
 
 def _prompts(subject: Subject) -> tuple[list[list[dict]], list[list[int]]]:
@@ -303,14 +362,15 @@ def _prompts(subject: Subject) -> tuple[list[list[dict]], list[list[int]]]:
     return conversations, prompts
 
 
-def _reloaded(folder: Path, expected: dict, python: str) -> tuple[dict, list[torch.Tensor]]:
-    """What another process makes of a folder, and its logits."""
-    keys = ("rows", "texts", "conversations", "stops", "adapter")
-    with tempfile.TemporaryDirectory(prefix=".certificate-", dir=folder.resolve().parent) as scratch:
-        asked, answer, logits = (Path(scratch) / name for name in ("asked.json", "answer.json", "logits.npy"))
+def _reloaded(folder: Path, expected: dict, python: str, base: Path | None) -> tuple[dict, list[torch.Tensor]]:
+    """What another process makes of a folder (of adapters: beside their base model), and its logits."""
+    keys = ("rows", "texts", "conversations", "stops")
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder.resolve().parent) as scratch:
+        asked, answer, logits = (Path(scratch) / name for name in (ASKED, "answer.json", "logits.npy"))
         request = {key: expected[key] for key in keys} | {
             "folder": str(folder.resolve()),
             "logits": str(logits),
+            "base": str(base.resolve()) if base else None,
             "has_tokenizer": bool(expected["texts"]),
         }
         asked.write_text(json.dumps(request), encoding="utf-8")
@@ -370,12 +430,10 @@ def _differences(expected: dict, found: dict, logits: list[torch.Tensor]) -> tup
             if ids != prompt:
                 faults.append(f"chat template: {conversation} gives {prompt}, in training {ids}")
                 break
-    stops = found["stops"] if isinstance(found["stops"], list) else [found["stops"]]
-    for stop, ends in zip(expected["stops"], found["ends"], strict=True):
-        if stop not in stops or not ends:
-            faults.append(
-                f"generation_config eos_token_id: generation does not end at token {stop}, which ends a reply"
-            )
+        for name, id in expected["special"].items():
+            if tokens["special"][name] != id:
+                faults.append(f"tokenizer: {name}_token has id {tokens['special'][name]}, in training it had {id}")
+    faults += _generation_faults(expected, found) if expected["generation"] is not None else []
     losses = _losses(logits, expected["rows"])
     tolerance = 2 * _LOGITS * expected["largest_logit"]  # log of a softmax moves by two of the logit's steps at most
     differences = [
@@ -386,6 +444,27 @@ def _differences(expected: dict, found: dict, logits: list[torch.Tensor]) -> tup
     if not worst <= tolerance and not faults:
         faults.append(f"losses differ by up to {worst:.3g} from those of the checkpoint's tensors")
     return faults, {"perplexity": _perplexity(losses), "loss_difference": worst}
+
+
+def _generation_faults(expected: dict, found: dict) -> list[str]:
+    """Every setting of generation_config.json; stop ids as a set, and whether generation ends at each."""
+    ours, theirs = expected["generation"], found["generation"]
+    stops = theirs.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    missing = [
+        stop for stop, ends in zip(expected["stops"], found["ends"], strict=True) if stop not in stops or not ends
+    ]
+    faults = [
+        f"generation_config eos_token_id: generation does not end at token {stop}, which ends a reply"
+        for stop in missing
+    ]
+    if added := sorted(set(stops) - set(expected["stops"])):
+        faults.append(f"generation_config eos_token_id: generation also ends at {added}, which end no reply")
+    for name in sorted((ours.keys() | theirs.keys()) - {"eos_token_id"}):
+        if ours.get(name) != theirs.get(name):
+            said, was = (textwrap.shorten(repr(side.get(name)), 80) for side in (theirs, ours))
+            faults.append(f"generation_config {name} is {said}, exported was {was}")
+    return faults
 
 
 def _same_setting(value: Any, other: Any) -> bool:
@@ -432,6 +511,11 @@ def _losses(logits: list[torch.Tensor], rows: list[list[int]]) -> list[torch.Ten
 
 def _perplexity(losses: list[torch.Tensor]) -> float:
     return math.exp(float(torch.cat(losses).mean()))
+
+
+def _difference(logits: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    """The largest one; nan where there is one."""
+    return float(np.max([_largest(a - b) for a, b in zip(logits, others, strict=True)]))
 
 
 def _largest(tensor: torch.Tensor) -> float:

@@ -301,7 +301,7 @@ def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     tasks.add_argument("--limit", type=_whole(1), metavar="N", help="documents of each, to try it out")
     tasks.add_argument("--chat-template", action="store_true", help="prompts go through the model's chat template")
     replies = parser.add_argument_group("replies")
-    replies.add_argument("--prompts", metavar="FILE", help="a prompt a line, as text or JSON")
+    replies.add_argument("--prompts", metavar="FILE", help="a file of prompts, as of `generate`")
     replies.add_argument("--template", metavar="NAME", help="default: the one it was trained with; none: no template")
     replies.add_argument("--max-new-tokens", type=_whole(1), default=128, metavar="N", help="default: 128")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: bfloat16 on GPUs")
@@ -581,7 +581,7 @@ def _run_dir(options: argparse.Namespace) -> Path:
 
 def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     from tsumugu import certificate
-    from tsumugu.export import CertificateError, export, export_state_dict, push_to_hub
+    from tsumugu.export import CertificateError, export, export_state_dict, leftovers, push_to_hub
     from tsumugu.interoperability import servers, tokenizer_kind
     from tsumugu.model.build import read_config
 
@@ -595,6 +595,9 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if not options.output:
         raise UserError("--output is missing", "name the folder to make")
     output = Path(options.output)
+    for path in leftovers(output):
+        message = f"{path} is of an export that was killed, or is still running: delete it if none is"
+        print(f"tsumugu: warning: {message}", file=sys.stderr)
     try:
         if options.from_state_dict:
             if not options.model_config:
@@ -613,6 +616,8 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     content = certificate.read(output)
     if content["origin"].get("step") == 0:
         print(f"tsumugu: warning: {options.source} has taken no step: this model is not trained", file=sys.stderr)
+    if made:
+        _show_sample(content["sample"])
     failures, figures = ([], content["verified"]) if made else certificate.verify(output, options.verify_with)
     code = _show_certificate(output, failures, figures, "done" if made else "already done")
     if code:
@@ -623,6 +628,17 @@ def _export(options: argparse.Namespace, _flags: list[str]) -> int:
     if options.push_to_hub:
         print(push_to_hub(output, options.push_to_hub, options.public))
     return code
+
+
+def _show_sample(sample: dict) -> None:
+    """Which rows of data an export was compared on, and which are missing."""
+    if sample["rows"]:
+        stores = ", ".join(f"{number} of {name}" for name, number in sample["stores"].items() if number)
+        print(f"compared on golden strings and {sample['rows']} rows of {sample['split']} data: {stores}")
+    else:
+        print("compared on golden strings alone, without validation data")
+    for reason in sample["missing"]:
+        print(f"tsumugu: warning: no rows were compared: {reason}", file=sys.stderr)
 
 
 def _show_certificate(folder: Path, failures: list[str], figures: list[dict], done: str) -> int:
@@ -646,7 +662,7 @@ def _show_certificate(folder: Path, failures: list[str], figures: list[dict], do
 def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
     import json
 
-    from tsumugu.generate import Decoding, Generator, answer, conversation, converse
+    from tsumugu.generate import Decoding, Generator, answer, conversation, converse, read_prompts
 
     names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "num_beams")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
@@ -656,6 +672,8 @@ def _generate(options: argparse.Namespace, _flags: list[str]) -> int:
         raise UserError("--input goes with --prompt", "put it into the lines of --prompts, or into the message")
     if options.prompt is None and options.prompts is None and not sys.stdin.isatty():
         raise UserError("no prompt is given, and there is no terminal to ask on", "add --prompt TEXT or --prompts FILE")
+    if options.prompts is not None:
+        read_prompts(Path(options.prompts))  # before the model is loaded
     generator = Generator(options.model, options.template, options.dtype)
     if options.seed is not None:
         import torch
@@ -700,6 +718,8 @@ def _evaluate(options: argparse.Namespace, _flags: list[str]) -> int:
 
     from tsumugu.evaluate.evaluation import Evaluation, evaluate, show
 
+    if options.output and not (Path(options.output).parent.is_dir() and not Path(options.output).is_dir()):
+        raise UserError(f"--output {options.output} cannot be written", "name a file in a folder that exists")
     report = evaluate(
         Evaluation(
             models=options.models,

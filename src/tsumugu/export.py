@@ -5,6 +5,8 @@ transformers 4 reads it too: transformers 5 alone writes only `rope_parameters`,
 older names are written beside them.
 """
 
+import glob
+import itertools
 import json
 import os
 import pickle
@@ -12,7 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from tsumugu.data.instructions.encode import stop_id
 from tsumugu.data.instructions.templates import Template
 from tsumugu.data.store import open_store, sha256
 from tsumugu.errors import UserError
+from tsumugu.model import adapter as adapter_folder
 from tsumugu.model import build, lora, nf4
 from tsumugu.model_card import model_card
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract
@@ -61,18 +64,22 @@ class _Source:
     """What is exported.
 
     Attributes:
-        read: Makes, for the meta model of `config`, the function that gives its tensors by name.
+        model: On the meta device, of `config` and in the dtype of the export.
+        read: Gives its trained tensors by name.
         tokenizer: The folder of its tokenizer, if it has one.
+        unmerged: Of a run with adapters: these beside the weights of their base model.
         adapters: For an export of the adapters alone.
         run_dir, path: Of a run: its folder, and that of the checkpoint.
     """
 
     config: PretrainedConfig
-    read: Callable[[PreTrainedModel], certificate.Read]
+    model: PreTrainedModel
+    read: certificate.Read
     tokenizer: Path | None
     contract: Contract | None
     template: Template | ChatTemplate | None = None
     add_bos: bool = False
+    unmerged: lora.Unmerged | None = None
     adapters: lora.Adapters | None = None
     run_dir: Path | None = None
     path: Path | None = None
@@ -132,18 +139,29 @@ def export(
     build.take_special_ids(config, contract)
     if adapters:
         lora.check_installed()
-        origin |= {"adapter": adapter, "base": adapters.base, "base_sha256": adapters.base_sha256}
+        base = adapter_folder.base_name(adapters.base)
+        origin |= {"adapter": adapter, "base": base, "base_sha256": adapters.base_sha256}
         origin |= {"vocab_size": config.vocab_size, "quantize": adapters.quantize}
     if _is_done(output, origin):
         return False
     checkpoint.check(path)
+    model = build.meta_model(config, build.DTYPES[dtype])
+    unmerged = None
+    if adapters:
+        adapted, quantized = _adapted(config, adapters, path, dtype)
+        read = lora.merged(adapted, lora.merging_dtype(build.DTYPES[dtype]), quantized)
+        unmerged = lora.unmerged(adapted, adapters, quantized)
+    else:
+        read = _stored(model, path)
     source = _Source(
         config=config,
-        read=lambda model: merged_weights(config, adapters, path, dtype) if adapters else _stored(model, path),
+        model=model,
+        read=read,
         tokenizer=run_dir / "tokenizer",
         contract=contract,
         template=find_template(state["template"]) if state["template"] else None,
         add_bos=state["add_bos"],
+        unmerged=unmerged,
         adapters=adapters if adapter else None,
         run_dir=run_dir,
         path=path,
@@ -187,8 +205,8 @@ def export_state_dict(
     }
     if _is_done(output, origin):
         return False
-    tensors = _state_dict(file)
-    source = _Source(config, lambda model: _in_memory(model, tensors, file), tokenizer, contract)
+    model = build.meta_model(config, build.DTYPES[dtype])
+    source = _Source(config, model, _in_memory(model, _state_dict(file), file), tokenizer, contract)
     _write(source, output, origin, verify_with)
     return True
 
@@ -224,10 +242,40 @@ def push_to_hub(folder: Path, name: str, public: bool) -> str:
         raise UserError(f"the hub refuses {name}: {reason}", "log in with `hf auth login`, or check the name") from None
 
 
+def read_origin(folder: Path) -> dict:
+    """What an exported folder says of itself in tsumugu.json; {} of the folders of others.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        content = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / ORIGIN} is damaged", "export the model anew")
+    return content
+
+
+def leftovers(output: Path) -> list[Path]:
+    """What exports to `output` that were killed, or are still running, hold beside it: folders that have the hidden
+    name of one and no certificate yet; and what one was reloaded with."""
+
+    def named(prefix: str) -> list[Path]:
+        pattern = re.compile(rf"{re.escape(prefix)}[a-z0-9_]{{8}}")
+        return sorted(path for path in output.parent.glob(f"{glob.escape(prefix)}*") if pattern.fullmatch(path.name))
+
+    written = (path for path in named(f".{output.name}-") if not (path / certificate.FILE).exists())
+    asked = (path for path in named(certificate.SCRATCH) if (path / certificate.ASKED).is_file())
+    return [*(path for path in written if (path / ORIGIN).is_file()), *asked]
+
+
 def _is_done(output: Path, origin: dict) -> bool:
     if not output.exists():
         return False
-    if (output / ORIGIN).exists() and json.loads((output / ORIGIN).read_text(encoding="utf-8")) == origin:
+    if read_origin(output) == origin:
         return True
     raise UserError(f"{output} exists already", "choose another --output, or delete it")
 
@@ -238,42 +286,42 @@ def _write(source: _Source, output: Path, origin: dict, verify_with: str | None)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     temporary.chmod(0o777 & ~_umask())
     try:
-        config, contract, template, dtype = (
-            source.config,
-            source.contract,
-            source.template,
-            build.DTYPES[origin["dtype"]],
-        )
+        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")  # first: see `leftovers`
+        config, contract, template = source.config, source.contract, source.template
+        model, read, dtype = source.model, source.read, build.DTYPES[origin["dtype"]]
         if source.tokenizer:
             copy_tokenizer(source.tokenizer, temporary)
-        model = build.meta_model(config, dtype)
-        read = source.read(model)
         own = stop_id(template, temporary) if template else None
         generation = build.generation_config(config, contract, [] if own is None else [own])
-        if source.adapters and source.path:
-            tensors = _write_adapter(build.meta_model(config, dtype), source.adapters, source.path, temporary)
+        adapters, path = source.adapters, source.path
+        if adapters and path:
+            _write_adapter(build.meta_model(config, dtype), adapters, path, temporary)
+            parts = lambda: iter([_adapter_tensors(build.meta_model(config, dtype), adapters, path)])  # noqa: E731
         else:
-            tensors = _write_weights(model, read, temporary)
+            parts = lambda: _read_again(source, dtype)  # noqa: E731
+            _write_weights(model, read, temporary)
             _write_config(model, config, origin["dtype"], temporary)
             generation.save_pretrained(temporary)
         if template:  # what it was trained with, in place of the tokenizer's own
             (temporary / CHAT_TEMPLATE).write_text(jinja_of(template, source.add_bos), encoding="utf-8")
-        (temporary / ORIGIN).write_text(json.dumps(origin, indent=1), encoding="utf-8")
+        sample, drawn = _sample(source)
         subject = certificate.Subject(
             model=model,
             read=read,
+            unmerged=source.unmerged,
             dtype=dtype,
-            tensors=tensors,
+            parts=parts,
             tokenizer=source.tokenizer,
             contract=contract,
             template=template,
             add_bos=source.add_bos,
-            stops=[] if source.adapters else generation.eos_token_id or [],
-            sample=_sample(source),
-            adapter=source.adapters is not None,
+            generation=None if adapters else generation,
+            sample=sample,
+            drawn=drawn,
+            base=build.find_pretrained(adapters.base) if adapters else None,
         )
         certified: dict[str, Any] = certificate.certify(temporary, subject, verify_with) | {"origin": origin}
-        card = model_card(model, origin, certified, source.run_dir, source.adapters)
+        card = model_card(model, origin, certified, source.run_dir, adapters)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         certificate.seal(temporary, certified)
         if certified["failures"]:
@@ -295,20 +343,39 @@ def _umask() -> int:
     return mask
 
 
-def _sample(source: _Source) -> list[list[int]]:
-    """Rows of the validation data of a run (or of its training data, where it has none), if its store is at hand."""
+def _sample(source: _Source) -> tuple[list[list[int]], dict]:
+    """Rows of the validation data of a run's stores in turn (or of their training data, where none has any), and what
+    the certificate says about them: how many of which store, or why there are none."""
     if not source.run_dir or not source.contract:
-        return []
+        return [], {"rows": 0, "missing": ["a state dict names no data"]}
+    missing, stores = [], {}
     try:
-        config = configuration.load(configuration.TrainingRun, [str(source.run_dir / "config.yaml")])
-        store = open_store(Path(config.data.entries[0].path))
-    except (UserError, OSError):
-        return []
-    if store.fingerprint != source.contract.fingerprint:
-        return []
-    split = store.validation if store.validation.documents else store.train
-    rows = [split.document(index)[0].tolist() for index in range(min(_SAMPLE_ROWS, split.documents))]
-    return [row for row in rows if len(row) > 1]
+        entries = configuration.load(configuration.TrainingRun, [str(source.run_dir / "config.yaml")]).data.entries
+    except UserError:  # whose message may hold a path, which is nobody's business
+        entries, missing = [], ["the run's config.yaml cannot be read"]
+    for entry in entries:
+        name = entry.name or Path(entry.path).name
+        try:
+            store = open_store(Path(entry.path))
+        except (UserError, OSError):
+            missing.append(f"the store {name} cannot be opened where the run has read it")
+            continue
+        if store.fingerprint == source.contract.fingerprint:
+            stores[name] = store
+        else:
+            missing.append(f"the store {name} is made with another tokenizer by now")
+    split = "validation" if any(store.validation.documents for store in stores.values()) else "train"
+    rows: dict[str, list[list[int]]] = {}
+    for name, store in stores.items():
+        documents = store.validation if split == "validation" else store.train
+        some = (documents.document(index)[0].tolist() for index in range(documents.documents))
+        rows[name] = list(itertools.islice((row for row in some if len(row) > 1), _SAMPLE_ROWS))
+        if not rows[name]:
+            missing.append(f"the store {name} has no {split} document of two tokens")
+    turns = itertools.zip_longest(*([(name, row) for row in found] for name, found in rows.items()))
+    taken = [pair for turn in turns for pair in turn if pair][:_SAMPLE_ROWS]
+    counts = {name: [of for of, _ in taken].count(name) for name in rows}
+    return [row for _, row in taken], {"rows": len(taken), "split": split, "stores": counts, "missing": missing}
 
 
 def _stored(model: PreTrainedModel, path: Path) -> certificate.Read:
@@ -341,6 +408,14 @@ def merged_weights(config: PretrainedConfig, adapters: lora.Adapters, path: Path
     Raises:
         UserError: The base model is not there, or not the one beside which the adapters were trained.
     """
+    model, quantized = _adapted(config, adapters, path, dtype)
+    return lora.merged(model, lora.merging_dtype(build.DTYPES[dtype]), quantized)
+
+
+def _adapted(
+    config: PretrainedConfig, adapters: lora.Adapters, path: Path, dtype: str
+) -> tuple[PreTrainedModel, Collection[str]]:
+    """The base model of a checkpoint in memory with its adapters, and the names of the weights that were in NF4."""
     folder = build.find_pretrained(adapters.base)
     if build.weights_sha256(folder) != adapters.base_sha256:
         raise UserError(
@@ -354,7 +429,7 @@ def merged_weights(config: PretrainedConfig, adapters: lora.Adapters, path: Path
     if adapters.quantize:
         nf4.check([], torch.device("cpu"))
         quantized = build.quantized_names(build.meta_model(config, merging))
-    return lora.merged(model, merging, quantized)
+    return model, quantized
 
 
 def _load(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -380,11 +455,11 @@ def _state_dict(file: Path) -> dict[str, torch.Tensor]:
         ) from None
     for key in ("model", "state_dict", "module"):
         content = content[key] if isinstance(content, dict) and isinstance(content.get(key), dict) else content
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)} if content else {}
-    if not tensors or len(tensors) != len(content):
+    if not build.is_state_dict(content) or not content:
         raise UserError(
-            f"{file} is no state dict: not all in it are tensors", "save model.state_dict() with torch.save"
+            f"{file} is no state dict: not all in it are tensors by name", "save model.state_dict() with torch.save"
         )
+    tensors = dict(content)
     while all(name.startswith("module.") for name in tensors):  # of DistributedDataParallel
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
@@ -400,6 +475,7 @@ def _in_memory(model: PreTrainedModel, tensors: dict[str, torch.Tensor], file: P
             if alias in tensors and len(on_disk) == 1:
                 found[name] = tensors.pop(alias)
     own = model.all_tied_weights_keys
+    found |= {own[name]: found[name] for name in own if name in found and own[name] not in found}
     missing = [name for name in wanted if name not in found and name not in own]
     left = [name for name in tensors if not _OLD_BUFFERS.search(name)]
     shapes = [name for name in found if found[name].shape != wanted[name].shape]
@@ -417,15 +493,11 @@ def _in_memory(model: PreTrainedModel, tensors: dict[str, torch.Tensor], file: P
     return lambda name: found[name]
 
 
-def _write_weights(model: PreTrainedModel, read: certificate.Read, output: Path) -> dict[str, dict]:
-    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together.
-
-    Returns:
-        What was written, by the names on disk.
-    """
-    groups = _file_groups(model, [name for name in model.state_dict() if name not in build.tied_names(model)])
+def _write_weights(model: PreTrainedModel, read: certificate.Read, output: Path) -> None:
+    """Weights file by file, each with whole decoder layers, so that what transformers merges on disk stays together."""
+    groups = _file_groups(model)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    weight_map, total_size, written = {}, 0, {}
+    weight_map, total_size = {}, 0
     for number, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         tensors = {name: read(name).to(dtypes[name]) for name in group}
@@ -434,42 +506,54 @@ def _write_weights(model: PreTrainedModel, read: certificate.Read, output: Path)
                 raise UserError(f"{name} has values that float16 cannot hold", "use --dtype bfloat16")
         on_disk = {name: tensor.contiguous() for name, tensor in build.disk_names(model, tensors).items()}
         del tensors
-        written |= {name: certificate.describe(tensor) for name, tensor in on_disk.items()}
         save_file(on_disk, output / file, {"format": "pt"})
         weight_map |= dict.fromkeys(on_disk, file)
         total_size += sum(tensor.nbytes for tensor in on_disk.values())
     if len(groups) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    return written
 
 
-def _write_adapter(model: PreTrainedModel, adapters: lora.Adapters, path: Path, output: Path) -> dict[str, dict]:
+def _read_again(source: _Source, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+    """What the files of `_write_weights` are to hold, from the checkpoint once more, a decoder layer at a time.
+
+    Of a run with adapters, whatever no adapter changes comes from the base model by itself.
+    """
+    unmerged = source.unmerged
+
+    def trained(name: str) -> torch.Tensor:
+        alone = unmerged and name.removesuffix(".weight") not in unmerged.factors
+        return (unmerged.weight if unmerged and alone else source.read)(name)
+
+    for names in build.parts(source.model):
+        tensors = {name: trained(name) for name in names}
+        cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        yield build.disk_names(source.model, cast)
+
+
+def _write_adapter(model: PreTrainedModel, adapters: lora.Adapters, path: Path, output: Path) -> None:
     """What was trained under the names that peft gives it, and peft's configuration."""
     described = lora.peft_config(model, adapters)
     described.inference_mode = True
-    if Path(adapters.base).is_dir():
-        described.base_model_name_or_path = str(Path(adapters.base).resolve())
+    described.base_model_name_or_path = adapter_folder.base_name(adapters.base)
     described.save_pretrained(output)
+    save_file(_adapter_tensors(model, adapters, path), output / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _adapter_tensors(model: PreTrainedModel, adapters: lora.Adapters, path: Path) -> dict[str, torch.Tensor]:
+    """What was trained, by peft's names on disk; `model` is given adapters."""
     lora.add_adapters(model, adapters, model.dtype)
     parameters = lora.trained(model)
     tensors = _load({name: torch.empty_like(p, device="cpu") for name, p in parameters.items()}, path)
-    on_disk = {f"base_model.model.{lora.disk_name(name)}": tensor for name, tensor in tensors.items()}
-    save_file(on_disk, output / "adapter_model.safetensors", {"format": "pt"})
-    return {name: certificate.describe(tensor) for name, tensor in on_disk.items()}
+    return {f"base_model.model.{lora.disk_name(name)}": tensor for name, tensor in tensors.items()}
 
 
-def _file_groups(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
+def _file_groups(model: PreTrainedModel) -> list[list[str]]:
     """Names in memory, by output file: none over MAX_FILE_BYTES, unless one layer is, and no layer in two files."""
-    layers = set(build.decoder_layers(model))
-    prefixes = [f"{prefix}." for prefix, module in model.named_modules() if module in layers]
-    units: dict[str, list[str]] = {}
-    for name in names:
-        units.setdefault(next(filter(name.startswith, prefixes), name), []).append(name)
     state_dict = model.state_dict()
     groups: list[list[str]] = [[]]
     size = 0
-    for unit in units.values():
+    for unit in build.parts(model):
         unit_size = sum(state_dict[name].nbytes for name in unit)
         if groups[-1] and size + unit_size > MAX_FILE_BYTES:
             groups.append([])

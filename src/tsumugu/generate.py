@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from tsumugu.data.instructions import Message, find_template, prompt_ids, prompt_of
 from tsumugu.data.instructions.encode import special_ids, stop_id
 from tsumugu.data.instructions.templates import EOS
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN, merged_weights
-from tsumugu.model import build, lora
+from tsumugu.export import merged_weights, read_origin
+from tsumugu.model import adapter, build, lora
 from tsumugu.model.build import quiet
 from tsumugu.tokenizer.contract import read_contract
 from tsumugu.tokenizer.load import check_unicode
@@ -34,41 +34,108 @@ _CONTEXT = 16  # ids of a prompt that are decoded along with what follows it: mo
 _SHORTEN = "shorten it"
 
 
-def load_model(source: str, dtype: str | None = None) -> tuple[PreTrainedModel, Any, dict]:
+@dataclass(frozen=True)
+class Source:
+    """A model that is yet to be loaded.
+
+    Attributes:
+        folder: A Hugging Face folder, one of adapters, or a run.
+        step: Of a run.
+        tokenizer: The folder of its tokenizer.
+        origin: What is known about the training: `template` and `add_bos`, of a run and its exports also `step`.
+    """
+
+    folder: Path
+    step: int | None
+    tokenizer: Path
+    origin: dict
+
+
+def find_source(name: str, tokenizer: Path | None = None) -> Source:
+    """What a name stands for.
+
+    Args:
+        name: A Hugging Face folder, one of adapters, RUN or RUN@STEP (the newest complete checkpoint).
+        tokenizer: In place of the one in a Hugging Face folder.
+
+    Raises:
+        UserError: No model there.
+    """
+    folder = Path(name)
+    if is_folder(folder):
+        if not tokenizer and adapter.is_adapter(folder) and not (folder / "tokenizer_config.json").is_file():
+            tokenizer = adapter.find_base(folder)  # other tools leave it there
+        return Source(folder, None, tokenizer or folder, read_origin(folder))
+    if not (folder / "checkpoints").is_dir() and "@" not in folder.name:
+        raise UserError(f"{folder} holds no model", "give a run, or a folder that `tsumugu export` has made")
+    run_dir, step = checkpoint.resolve(name)
+    state = checkpoint.read_state(run_dir, step)
+    origin = {"step": step, "template": state["template"], "add_bos": state["add_bos"]}
+    return Source(run_dir, step, run_dir / "tokenizer", origin)
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether this is a Hugging Face folder: of a model, or of adapters."""
+    return (folder / "config.json").is_file() or adapter.is_adapter(folder)
+
+
+def load_model(source: Source, dtype: str | None = None) -> PreTrainedModel:
     """A model for inference, on the GPU where there is one.
 
     Args:
-        source: A Hugging Face folder, or RUN or RUN@STEP (the newest complete checkpoint).
+        source: Of `find_source`.
         dtype: bfloat16, float16 or float32; None: as stored, which for a run is float32.
 
-    Returns:
-        The model; the tokenizer, whose `name_or_path` is the folder it was read from; and what is known about the
-        training: `template` and `add_bos`, of a run and its exports also `step`.
-
     Raises:
-        UserError: No model there, or a damaged one.
+        UserError: A damaged model, or adapters without their base model.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(source)
-    if (folder / "config.json").exists():
-        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8")) if (folder / ORIGIN).exists() else {}
-        try:
-            with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    folder, trust_remote_code=False, dtype=build.DTYPES[dtype] if dtype else "auto"
-                )
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
-        return model.eval().to(device), tokenizer, origin
-    if not (folder / "checkpoints").is_dir() and "@" not in folder.name:
-        raise UserError(f"{folder} holds no model", "give a run, or a folder that `tsumugu export` has made")
-    run_dir, step = checkpoint.resolve(source)
-    return _load_checkpoint(run_dir, step, dtype or "float32", device)
+    if source.step is None:
+        model: Any = load_folder(source.folder, source.origin, build.DTYPES[dtype] if dtype else None)
+        return model.to(device)
+    return _load_checkpoint(source.folder, source.step, dtype or "float32", device)
 
 
-def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple[PreTrainedModel, Any, dict]:
+def load_folder(folder: Path, origin: dict, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a Hugging Face folder, adapters merged into their base model, with its generation settings.
+
+    Args:
+        folder: Of a model or of adapters.
+        origin: What the folder says of itself.
+        dtype: None: as stored; of adapters, as their base model.
+
+    Raises:
+        UserError: It cannot be loaded, or its generation_config.json cannot, which transformers would not say.
+    """
+    try:
+        with quiet():
+            if adapter.is_adapter(folder):
+                return _with_own_settings(adapter.load(folder, origin, dtype), folder, origin).eval()
+            if (folder / "generation_config.json").exists():
+                GenerationConfig.from_pretrained(folder)
+            load: Any = AutoModelForCausalLM.from_pretrained
+            options = {"trust_remote_code": False, "local_files_only": True, "dtype": dtype or "auto"}
+            model, info = load(folder, **options, output_loading_info=True)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be loaded: {reason}", "export or copy it anew") from None
+    if missing := sorted(info["missing_keys"]):  # which transformers fills with random numbers
+        raise UserError(f"{folder} lacks weights: {', '.join(missing[:3])}", "export or copy it anew")
+    return model.eval()
+
+
+def _with_own_settings(model: PreTrainedModel, folder: Path, origin: dict) -> PreTrainedModel:
+    """A base model with the generation settings of its adapters' tokenizer, where it is one of ours."""
+    if (folder / "contract.json").is_file():
+        contract = read_contract(folder)
+        build.take_special_ids(model.config, contract)
+        template = find_template(origin["template"], folder) if origin.get("template") else None
+        own = stop_id(template, folder) if template else None
+        model.generation_config = build.generation_config(model.config, contract, [] if own is None else [own])
+    return model
+
+
+def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> PreTrainedModel:
     path = checkpoint.folder(run_dir, step)
     checkpoint.check(path)
     state = checkpoint.read_state(run_dir, step)
@@ -78,10 +145,7 @@ def _load_checkpoint(run_dir: Path, step: int, dtype: str, device: str) -> tuple
         tied = build.tied_names(model)
         _load_weights({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, path)
 
-    model = model_of_run(run_dir, path, state, dtype, device, fill)
-    with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(run_dir / "tokenizer", trust_remote_code=False)
-    return model.eval(), tokenizer, {"step": step, "template": state["template"], "add_bos": state["add_bos"]}
+    return model_of_run(run_dir, path, state, dtype, device, fill).eval()
 
 
 def model_of_run(
@@ -183,38 +247,36 @@ class Reply:
     stopped: bool
 
 
-class Generator:
-    """A loaded model and the template of its prompts.
+class Prompts:
+    """The tokenizer of a model and the template of its prompts: what they become, before the model itself is loaded.
 
     Args:
-        source, dtype: As of `load_model`.
+        name: As of `find_source`.
         template: What `find_template` takes, "none", or None for the template that the model was trained with.
+        tokenizer: As of `find_source`.
 
     Raises:
-        UserError: No model there that can be read, or no template of that name.
+        UserError: No model there, no tokenizer that can be read, or no template of that name.
     """
 
-    def __init__(self, source: Path | str, template: str | None = None, dtype: str | None = None):
+    def __init__(self, name: Path | str, template: str | None = None, tokenizer: Path | None = None):
+        self.source = find_source(str(name), tokenizer)
+        folder, origin = self.source.tokenizer, self.source.origin
         self.tokenizer: Any
-        self.model: Any
-        self.model, self.tokenizer, origin = load_model(str(source), dtype)
-        folder = Path(self.tokenizer.name_or_path)
-        name = template or origin.get("template")
-        self.template = find_template(name, folder) if name and name != "none" else None
+        try:
+            with quiet():
+                self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{folder} cannot be loaded: {reason}", "export it anew") from None
+        known = template or origin.get("template")
+        self.template = find_template(known, folder) if known and known != "none" else None
         self.add_bos: bool | None = origin.get("add_bos")  # None: as the tokenizer itself does
         self.specials: dict[str, int] = {}
-        self.stop_ids = _ids(self.model.generation_config.eos_token_id)
         if self.template:
             self.specials = {EOS: self.tokenizer.eos_token_id, **special_ids(folder)}
             if missing := [t for t in getattr(self.template, "special_tokens", ()) if t not in self.specials]:
-                raise UserError(f"{source} lacks {' '.join(missing)} of the template", "choose another --template")
-            own = stop_id(self.template, folder)
-            self.stop_ids += [own] if own is not None and own not in self.stop_ids else []
-
-    def generate(self, prompt: str, input: str = "", max_new_tokens: int = 128, system: str = "") -> tuple[str, bool]:
-        """The greedy continuation of a prompt (with a template: the reply), and whether it ended by itself."""
-        reply = self.reply(self._encode(prompt, input, system), Decoding(max_new_tokens=max_new_tokens))
-        return reply.text, reply.stopped
+                raise UserError(f"{name} lacks {' '.join(missing)} of the template", "choose another --template")
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """The ids that a conversation, up to where the reply begins, has in training: special tokens spelt in it are
@@ -245,6 +307,67 @@ class Generator:
             raise UserError("the prompt is empty", "give some text to continue")
         return [*bos, *ids]
 
+    def read(self, path: Path, positions: int | None, system: str = "") -> list[tuple[Any, list[int]]]:
+        """The prompts of a file, as they stand there and as ids.
+
+        Args:
+            path, system: As of `read_prompts`.
+            positions: How many the model has; None: no limit.
+
+        Raises:
+            UserError: As of `read_prompts`, or a prompt that cannot be used, by its place.
+        """
+        encoded = []
+        for number, (record, messages) in enumerate(read_prompts(path, system), start=1):
+            try:
+                ids = self.encode(messages)
+                _check_room(ids, positions)
+            except UserError as error:
+                raise UserError(f"{path}, prompt {number}: {error.message}", error.hint) from None
+            encoded.append((record, ids))
+        return encoded
+
+    def _encode(self, prompt: str, input: str = "", system: str = "") -> list[int]:
+        return self.encode(conversation(prompt, input, system))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [self.tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+
+
+class Generator(Prompts):
+    """A loaded model and the template of its prompts.
+
+    Args:
+        name, template, tokenizer: As of `Prompts`.
+        dtype: As of `load_model`.
+
+    Raises:
+        UserError: No model there that can be read, or no template of that name.
+    """
+
+    def __init__(
+        self,
+        name: Path | str,
+        template: str | None = None,
+        dtype: str | None = None,
+        tokenizer: Path | None = None,
+    ):
+        super().__init__(name, template, tokenizer)
+        self.model: Any = load_model(self.source, dtype)
+        self.stop_ids = _ids(self.model.generation_config.eos_token_id)
+        own = stop_id(self.template, self.source.tokenizer) if self.template else None
+        self.stop_ids += [own] if own is not None and own not in self.stop_ids else []
+
+    @property
+    def positions(self) -> int | None:
+        """How many the model has."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def generate(self, prompt: str, input: str = "", max_new_tokens: int = 128, system: str = "") -> tuple[str, bool]:
+        """The greedy continuation of a prompt (with a template: the reply), and whether it ended by itself."""
+        reply = self.reply(self._encode(prompt, input, system), Decoding(max_new_tokens=max_new_tokens))
+        return reply.text, reply.stopped
+
     def reply(self, ids: list[int], decoding: Decoding, write: Callable[[str], None] | None = None) -> Reply:
         """What follows the ids of a prompt.
 
@@ -263,7 +386,7 @@ class Generator:
         (In float32, that is: in bfloat16, two ids that are all but equally likely may change places.)
         """
         for row in prompts:
-            self._check_room(row)
+            _check_room(row, self.positions)
         if self.model.generation_config.no_repeat_ngram_size:
             batch_size = 1  # padding would count as n-grams
         waiting: list[list[int]] = []
@@ -284,7 +407,7 @@ class Generator:
         self, batch: list[list[int]], decoding: Decoding, write: Callable[[str], None] | None = None
     ) -> list[Reply]:
         for row in batch:
-            self._check_room(row)
+            _check_room(row, self.positions)
         width = max(map(len, batch))
         # A row is padded with its own first id, which a repetition penalty sees anyway.
         padded = [[row[0]] * (width - len(row)) + row for row in batch]
@@ -335,19 +458,7 @@ class Generator:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _room(self, ids: list[int]) -> int:
-        longest = getattr(self.model.config, "max_position_embeddings", None)
-        return longest - len(ids) if longest else 2**31
-
-    def _check_room(self, ids: list[int]) -> None:
-        if self._room(ids) < 1:
-            longest = self.model.config.max_position_embeddings
-            raise UserError(f"the prompt has {len(ids)} tokens, the model has {longest} positions", _SHORTEN)
-
-    def _encode(self, prompt: str, input: str = "", system: str = "") -> list[int]:
-        return self.encode(conversation(prompt, input, system))
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return [self.tokenizer(t, add_special_tokens=False, split_special_tokens=True)["input_ids"] for t in texts]
+        return self.positions - len(ids) if self.positions else 2**31
 
 
 class _Stream(BaseStreamer):
@@ -422,21 +533,25 @@ def read_prompts(path: Path, system: str = "") -> list[tuple[Any, list[Message]]
     return prompts
 
 
-def answer(generator: Generator, path: Path, decoding: Decoding, batch_size: int, system: str = "") -> Iterator[dict]:
+def answer(
+    generator: Generator,
+    path: Path,
+    decoding: Decoding,
+    batch_size: int,
+    system: str = "",
+    part: slice = slice(None),
+) -> Iterator[dict]:
     """The prompts of a file (`prompt`, as it stands there), with `reply` and whether it `stopped` by itself.
 
+    Args:
+        part: Which of them.
+
     Raises:
-        UserError: As of `read_prompts`, or a prompt that cannot be used, before anything is generated.
+        UserError: As of `Prompts.read`, before anything is generated.
     """
-    prompts = read_prompts(path, system)
-    encoded = []
-    for number, (_, messages) in enumerate(prompts, start=1):
-        try:
-            encoded.append(generator.encode(messages))
-            generator._check_room(encoded[-1])
-        except UserError as error:
-            raise UserError(f"{path}, prompt {number}: {error.message}", error.hint) from None
-    for (record, _), reply in zip(prompts, generator.replies(encoded, decoding, batch_size), strict=True):
+    prompts = generator.read(path, generator.positions, system)[part]
+    replies = generator.replies([ids for _, ids in prompts], decoding, batch_size)
+    for (record, _), reply in zip(prompts, replies, strict=True):
         yield {"prompt": record, "reply": reply.text, "stopped": reply.stopped}
 
 
@@ -487,6 +602,11 @@ def converse(
         write("\n")
         if generator.remembers:
             messages = [*asked, Message("assistant", "".join(said))]
+
+
+def _check_room(ids: list[int], positions: int | None) -> None:
+    if positions and len(ids) >= positions:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model has {positions} positions", _SHORTEN)
 
 
 def _ids(ids: int | list[int] | None) -> list[int]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from tsumugu import config as configuration
 from tsumugu.errors import UserError
 from tsumugu.model import lora
+from tsumugu.model.adapter import base_name, on_hub
 from tsumugu.training.metrics import read_metrics
 
 # What the licences of well-known base models ask of a model that is made from theirs, as of 2026: by the id that their
@@ -58,7 +59,7 @@ def model_card(
     license = _license(base) if base else {}
     front: dict[str, Any] = {"library_name": "peft" if adapters else "transformers", "pipeline_tag": "text-generation"}
     front |= license
-    if base and _on_hub(base):
+    if base and on_hub(base):
         front["base_model"] = base
     front["tags"] = ["tsumugu"]
     kind = "LoRA adapter" if adapters else type(model).__name__
@@ -104,7 +105,7 @@ def _base_section(base: str | None, license: dict[str, str], run: Any) -> list[s
             if run
             else []
         )
-    lines = [f"## Base model / ベースモデル\n\n- {_shown(base)}"]
+    lines = [f"## Base model / ベースモデル\n\n- {base_name(base)}"]
     name = license.get("license_name") or license.get("license", "")
     lines.append(f"- License / ライセンス: {name or 'unknown here: look it up / 不明（確認してください）'}")
     for pattern, (english, japanese) in _TERMS.items():
@@ -175,7 +176,7 @@ def _usage(adapters: lora.Adapters | None, model: PreTrainedModel, origin: dict)
         if quantized:  # the adapters belong to what was made of the base, and not to the base
             lines.append('held = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")')
             held = ", quantization_config=held"
-        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{_shown(adapters.base)}"{held})')
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("{base_name(adapters.base)}"{held})')
         if adapters.new_rows:
             lines.append(f"model.resize_token_embeddings({model.config.vocab_size})")
         lines.append('model = PeftModel.from_pretrained(model, "this-folder")')
@@ -198,15 +199,6 @@ def _base(run: Any) -> str | None:
         seen.append(run.train.start_from)
         run = _configuration(Path(run.train.start_from.partition("@")[0]))
     return run.model.pretrained if run else None
-
-
-def _on_hub(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
-
-
-def _shown(base: str) -> str:
-    """A hub name whole, of a local folder its last part."""
-    return base if _on_hub(base) else Path(base).name
 
 
 def _license(base: str) -> dict[str, str]:

@@ -70,6 +70,12 @@ def buffers(model: nn.Module) -> dict[str, list[float]]:
     return {name: b.float().flatten().tolist() for name, b in found.items() if not name.endswith("original_inv_freq")}
 
 
+def generation_settings(generation_config: Any) -> dict:
+    """What differs from transformers' own defaults, as JSON has it."""
+    content = json.loads(json.dumps(generation_config.to_diff_dict(), default=str))
+    return {key: value for key, value in content.items() if key != "transformers_version" and not key.startswith("_")}
+
+
 def is_tied(model: Any) -> bool:
     """Whether the head is the input embedding."""
     head = model.get_output_embeddings()
@@ -80,25 +86,46 @@ def device_at_hand() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(folder: str) -> tuple[Any, dict]:
+def _load(folder: str, base: str | None) -> tuple[Any, dict]:
+    from transformers import AutoModelForCausalLM
+
+    if base:
+        origin = json.loads((Path(folder) / "tsumugu.json").read_text(encoding="utf-8"))
+        model = load_base(base, origin, "auto")
+        found = {"missing_keys": [], "unexpected_keys": [], "buffers": buffers(model)}  # peft has some of its own
+        return with_adapters(model, folder), found
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
+    keys = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
+    return model, keys | {"buffers": buffers(model)}
+
+
+def load_base(base: str, origin: dict, dtype: torch.dtype | str) -> Any:
+    """A base model as adapters were trained beside it.
+
+    Args:
+        base: Its folder.
+        origin: What tsumugu.json says of the adapters, if there is one: `quantize` (nf4, in which the linear layers
+            were held in training) and `vocab_size`.
+        dtype: Of the base model.
+    """
     from transformers import AutoModelForCausalLM
 
     load: Any = AutoModelForCausalLM.from_pretrained
-    if not (Path(folder) / "adapter_config.json").exists():
-        model, info = load(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
-        keys = {key: sorted(map(str, info.get(key) or ())) for key in ("missing_keys", "unexpected_keys")}
-        return model, keys | {"buffers": buffers(model)}
-    from peft import PeftConfig, PeftModel
+    model = load(base, dtype=dtype, trust_remote_code=False)
+    if origin.get("quantize"):
+        _through_nf4(model)
+    own = model.get_input_embeddings().weight.shape[0]
+    if (rows := origin.get("vocab_size", own)) != own:
+        model.resize_token_embeddings(rows)
+    return model
 
-    base = load(PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype="auto", trust_remote_code=False)
-    origin = json.loads((Path(folder) / "tsumugu.json").read_text(encoding="utf-8"))
-    if origin["quantize"]:
-        _through_nf4(base)
-    rows = origin["vocab_size"]
-    if rows != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(rows)
-    found = {"missing_keys": [], "unexpected_keys": [], "buffers": buffers(base)}  # peft has some of its own
-    return PeftModel.from_pretrained(base, folder), found
+
+def with_adapters(model: Any, folder: str) -> Any:
+    """The adapters of a folder beside the weights of their base model, by peft."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder)
 
 
 def _through_nf4(model: Any) -> None:
@@ -125,6 +152,7 @@ def _tokenizer(folder: str, request: dict) -> dict:
         "default": tokenizer("あ")["input_ids"],
         "vocabulary": vocabulary_sha256(tokenizer.get_vocab()),
         "prompts": [_prompt(tokenizer, messages) for messages in request["conversations"]],
+        "special": {name: getattr(tokenizer, f"{name}_token_id") for name in ("unk", "bos", "eos", "pad")},
     }
 
 
@@ -167,7 +195,7 @@ def reload(request: dict) -> dict:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model, loaded = _load(request["folder"])
+    model, loaded = _load(request["folder"], request["base"])
     model.eval()
     device = device_at_hand()
     found = {
@@ -181,10 +209,10 @@ def reload(request: dict) -> dict:
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         "tied": is_tied(model),
         "config": json.loads(json.dumps(model.config.to_dict(), default=str)),
-        "stops": model.generation_config.eos_token_id,
+        "generation": generation_settings(model.generation_config),
         "tokenizer": _tokenizer(request["folder"], request) if request["has_tokenizer"] else None,
     }
-    if request["adapter"]:  # whose modules use one another's tensors
+    if request["base"]:  # whose modules use one another's tensors
         model.float().to(device)
     else:
         computing_in_float32(model, device, lambda module, name, tensor: tensor)

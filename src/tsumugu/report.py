@@ -7,9 +7,10 @@ run is what its folder says, without what names a person or a secret; text from 
 import json
 import math
 import re
+import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -27,7 +28,7 @@ from tsumugu.data.audit import Report, audit, quick_audit
 from tsumugu.data.audit_view import to_html
 from tsumugu.data.store import open_store
 from tsumugu.errors import UserError, redact
-from tsumugu.generate import Decoding, Generator, answer
+from tsumugu.generate import Decoding, Generator, answer, read_prompts
 from tsumugu.model import build
 from tsumugu.training import checkpoint
 from tsumugu.training.metrics import METRICS, metric_lines
@@ -39,6 +40,7 @@ _MARKS = 100  # places shown where a figure is not a number
 _AUDITED_TOKENS = 2 * 10**7  # up to here a store is read whole, within some seconds
 _STEPS_WITH_REPLIES = 8
 _HOME = re.compile(r"(?:/home|/Users)/[^/\s\"'<&]+|/root(?![\w.-])|[A-Za-z]:\\Users\\[^\\\s\"'<&]+")
+_START = {"step", "at", "processes", "device", "paths", "versions"}
 _OF_TRAINING = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "tokens_seen")
 
 _PICTURES = (  # file, title, figures, whether the axis is logarithmic
@@ -98,6 +100,11 @@ class Run:
         return (float(values.min()), int(steps[values.argmin()])) if len(values) else None
 
     @property
+    def first_step(self) -> int:
+        """After which it begins: not 0 where it goes on from another run."""
+        return self.starts[0]["step"] if self.starts else 0
+
+    @property
     def hours(self) -> float:
         """Of the steps, without evaluation and saving."""
         _, hours = _hours(self)
@@ -125,7 +132,7 @@ def report(
         The files written.
 
     Raises:
-        UserError: No run there, or one that is given twice.
+        UserError: No run there, one that is given twice, or one whose files are damaged.
     """
     for place, path in enumerate(runs):
         if not (path / METRICS).is_file():
@@ -134,15 +141,18 @@ def report(
             raise UserError(f"{path} is given twice", "give each run once")
     if png:
         _need_matplotlib()
+    if prompts:
+        read_prompts(prompts)  # before all else is read
     read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
     curves = _curves(read)
     replies = [_replies(run, prompts, max_new_tokens) for run in read] if prompts else []
     page = _page(read, curves, replies)
     target = output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(target)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        partial = Path(folder) / target.name
+        partial.write_text(page, encoding="utf-8")
+        partial.replace(target)
     return [target, *(_pictures(read, curves, png) if png else [])]
 
 
@@ -152,26 +162,41 @@ def report(
 def _read(path: Path, name: str) -> Run:
     columns: dict[str, tuple[array, array]] = defaultdict(lambda: (array("d"), array("d")))
     for line in metric_lines(path):
-        step = line.get("step")
-        if not isinstance(step, int):
-            continue
         for key, value in line.items():
             if key != "step" and (value is None or isinstance(value, int | float)):
                 steps, values = columns[key]
-                steps.append(step)
+                steps.append(line["step"])
                 values.append(math.nan if value is None else value)
     figures = {key: (np.array(steps), np.array(values)) for key, (steps, values) in columns.items()}
-    config = path / "config.yaml"
-    mixture = path / "mixture.json"
-    starts = (path / STARTS).read_text(encoding="utf-8").splitlines() if (path / STARTS).exists() else []
     return Run(
         path=path,
         name=name,
         figures=figures,
-        config=redacted(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.exists() else {},
-        mixture=json.loads(mixture.read_text(encoding="utf-8")) if mixture.exists() else None,
-        starts=[json.loads(line) for line in starts if line.endswith("}")],
+        config=redacted(_content(path / "config.yaml", yaml.safe_load) or {}),
+        mixture=_content(path / "mixture.json", json.loads),
+        starts=(_content(path / STARTS, _read_starts) or {}).get("starts", []),
     )
+
+
+def _read_starts(text: str) -> dict:
+    """The starts of a run; a line that was cut short is left out."""
+    starts = [json.loads(line) for line in text.split("\n")[:-1]]
+    if not all(_START.issubset(start) for start in starts):
+        raise ValueError("not every line is a start")
+    return {"starts": starts}
+
+
+def _content(path: Path, parse: Callable[[str], Any]) -> dict | None:
+    """A file of the run, None where it has none."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}", "mend it, or move it away") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: not keys and values", "mend it, or move it away")
+    return content
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
@@ -201,7 +226,7 @@ def _pick(figures: dict, name: str, place: Any) -> float | None:
 
 def _hours(run: Run) -> tuple[np.ndarray, np.ndarray]:
     steps, seconds = _finite(run.figures, "step_seconds")
-    return steps, np.cumsum(seconds * np.diff(steps, prepend=0)) / 3600
+    return steps, np.cumsum(seconds * np.diff(steps, prepend=run.first_step)) / 3600
 
 
 def _curves(runs: Sequence[Run]) -> list[dict[str, Curve]]:
@@ -237,8 +262,12 @@ def _axes(run: Run) -> dict:
         return {"step": [0, 1], "tokens": [0, 0], "hours": [0, 0]}
     some = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
     hours = np.interp(steps[some], *_hours(run)) if run.hours else np.zeros(len(some))
-    axes = {"step": steps[some], "tokens": tokens[some], "hours": hours}
-    return {name: _short(np.concatenate([[0.0], values])) for name, values in axes.items()}
+    first, before = run.first_step, 0.0  # tokens seen
+    if first:
+        a_step = (tokens[-1] - tokens[0]) / (steps[-1] - steps[0]) if len(steps) > 1 else tokens[0] / steps[0]
+        before = max(0.0, tokens[0] - a_step * (steps[0] - first))
+    axes = {"step": (first, steps[some]), "tokens": (before, tokens[some]), "hours": (0.0, hours)}
+    return {name: _short(np.concatenate([[start], values])) for name, (start, values) in axes.items()}
 
 
 def _private(text: str) -> str:

@@ -309,6 +309,14 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("content", [[torch.ones(1)], torch.ones(2), {"a": 3}, {1: torch.ones(1)}, {"a": [1]}, "text"])
+def test_a_pickle_that_is_not_tensors_by_name_is_refused(content, tmp_path: Path):
+    tiny_config("gpt2", True).save_pretrained(tmp_path)
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        assert "pytorch_model.bin holds no plain weights: not tensors by name" in refusal(str(tmp_path), 1)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     tiny_config("gpt2", True).save_pretrained(tmp_path)
     assert refusal(str(tmp_path), 1) == f"{tmp_path} holds no weights"

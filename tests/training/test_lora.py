@@ -27,8 +27,8 @@ from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
 from tsumugu.distributed.parallelize import _recomputed
 from tsumugu.errors import UserError
-from tsumugu.export import export
-from tsumugu.model import masters, nf4
+from tsumugu.export import CertificateError, export
+from tsumugu.model import lora, masters, nf4
 from tsumugu.training import checkpoint
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Outcome, Trainer, train
@@ -503,6 +503,42 @@ def train_and_export(folder: Path, model: str, store: str, output: Path, quantiz
     return logits
 
 
+def an_adapter_forgotten(name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return base if name == "gpt_neox.layers.1.attention.dense.weight" else weight
+
+
+def an_adapter_twice(name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return 2 * weight - base if name == "gpt_neox.layers.0.mlp.dense_4h_to_h.weight" else weight
+
+
+def a_new_row_lost(name: str, weight: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    return weight.index_fill(0, torch.tensor([132]), 0.0) if name == "lm_head.weight" else weight
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (an_adapter_forgotten, "merged, the adapters give logits that differ by up to"),
+        (an_adapter_twice, "merged, the adapters give logits that differ by up to"),
+        (a_new_row_lost, "tensor embed_out.weight has other values"),
+    ],
+)
+def test_a_wrong_merge_is_found(
+    fault, message: str, folder: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    merged = lora.merged
+
+    def wrongly(model, dtype, quantized=()):
+        with lora.unwrapped(model):
+            base = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        read = merged(model, dtype, quantized)
+        return lambda name: fault(name, read(name), base[name])
+
+    monkeypatch.setattr(lora, "merged", wrongly)
+    with pytest.raises(CertificateError, match=message):
+        export(str(run), tmp_path / "model")
+
+
 @pytest.mark.parametrize(("model", "store"), [*((m, "extended") for m in MODELS), ("gpt_neox", "plain")])
 def test_the_merged_model_is_the_adapter_loaded_by_peft(model: str, store: str, folder: Path, tmp_path: Path):
     expected = train_and_export(folder, model, store, tmp_path)
@@ -518,7 +554,11 @@ def test_the_merged_model_is_the_adapter_loaded_by_peft(model: str, store: str, 
         torch.testing.assert_close(loaded(inputs).logits, expected, rtol=0, atol=1e-5)
         assert (base_model(folder, model, store, torch.float32)(inputs).logits - expected).abs().max() > 0.1
     described = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert described["base_model_name_or_path"] == str(folder / model)
+    assert described["base_model_name_or_path"] == model
+    assert json.loads((tmp_path / "adapter" / "tsumugu.json").read_text())["base"] == model
+    for file in (file for made in ("adapter", "float32") for file in (tmp_path / made).iterdir()):
+        content = file.read_bytes()
+        assert not [place for place in (folder, tmp_path, Path.home()) if f"{place}/".encode() in content], file
     assert set(described["target_modules"]) == set(LINEAR[model])
     halved = AutoModelForCausalLM.from_pretrained(tmp_path / "bfloat16", dtype="auto").state_dict()
     for name, weight in merged.state_dict().items():  # rounded once, after the sum

@@ -27,7 +27,7 @@ from tsumugu.errors import UserError
 from tsumugu.evaluate import harness, likelihood, models
 from tsumugu.evaluate.likelihood import Packing, Windows
 from tsumugu.evaluate.models import Model, Reference
-from tsumugu.generate import Generator
+from tsumugu.generate import Decoding, Generator, Prompts, answer, read_prompts
 from tsumugu.tokenizer.load import BulkEncoder
 from tsumugu.training.storages import Group, new_group, together
 from tsumugu.training.watchdog import group_timeout
@@ -46,7 +46,8 @@ class Evaluation:
         packing: See `likelihood.Windows`; so sequence_length and stride. None: as the first run was trained.
         tasks: Names or task files, whose documents lie below `task_data`; `limit` documents of each.
         chat_template: Whether the tasks' prompts go through it.
-        prompts: A file of prompts, each to be continued by at most `max_new_tokens`, with `template`.
+        prompts: A file of prompts as `generate` takes it, each to be continued by at most `max_new_tokens`, with
+            `template`.
         dtype: None: bfloat16 on a GPU that has it, float32 elsewhere.
         batch_size: Windows or requests a batch.
     """
@@ -94,10 +95,19 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
             )
             for store in stores
         ]
-        texts = _Texts(asked, positions, of_run, group) if asked.texts else None
+        pieces = [
+            likelihood.store_pieces(_split(store, asked), store.supervised, cut)
+            for store, cut in zip(stores, windows, strict=True)
+        ]
+        texts = _Texts(asked, references, of_run, group) if asked.texts else None
         assert asked.task_data or not asked.tasks
         tasks = [harness.read_task(name, asked.task_data) for name in asked.tasks] if asked.task_data else []
-        prompts = _read_prompts(asked.prompts) if asked.prompts else []
+        if tasks:
+            harness.check(tasks, references, asked.limit, asked.chat_template)
+        prompts = [record for record, _ in read_prompts(asked.prompts)] if asked.prompts else []
+        if asked.prompts:
+            for reference in references:
+                Prompts(reference.name, asked.template, reference.tokenizer).read(asked.prompts, reference.positions)
 
         entries = []
         for reference in references:
@@ -107,7 +117,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
                 model = models.load(reference, dtype, device, group)
                 entry |= {"weights": model.weights, "parameters": model.module.num_parameters()}
                 entry["stores"] = [
-                    _over_store(model, store, asked, cut, group) for store, cut in zip(stores, windows, strict=True)
+                    _over_store(model, store, asked, cut, group) for store, cut in zip(stores, pieces, strict=True)
                 ]
                 entry |= {"text": texts.score(model)} if texts else {}
                 if tasks:
@@ -115,8 +125,8 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
                         tasks, model, asked.batch_size, group, asked.limit, asked.chat_template
                     )
                 del model
-            if prompts:
-                entry["replies"] = _replies(reference, asked, prompts, group)
+            if asked.prompts:
+                entry["replies"] = _replies(reference, asked, asked.prompts, dtype, group)
             entries.append(entry)
         return {
             "versions": _versions(),
@@ -128,7 +138,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
             "stores": [_describe_store(store, asked, cut) for store, cut in zip(stores, windows, strict=True)],
             "text": texts.description() if texts else None,
             "chat_template": asked.chat_template,
-            "prompts": [prompt["prompt"] for prompt in prompts],
+            "prompts": prompts,
             "models": entries,
         }
 
@@ -152,11 +162,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     for line in [*lines, *_remarks(report)]:
         console.print(escape(line), soft_wrap=True)
     for number, prompt in enumerate(report["prompts"]):
-        console.print(f"\n[bold]{escape(prompt)}[/bold]")
+        shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+        console.print(f"\n[bold]{escape(shown)}[/bold]")
         for entry in report["models"]:
             reply = entry["replies"][number]
             console.print(
-                f"  [dim]{escape(entry['model'])}[/dim] {escape(reply['reply'])}{'' if reply['ended'] else ' …'}"
+                f"  [dim]{escape(entry['model'])}[/dim] {escape(reply['reply'])}{'' if reply['stopped'] else ' …'}"
             )
 
 
@@ -182,9 +193,8 @@ def _split(store: Store, asked: Evaluation):
     return store.train if asked.split == "train" else store.validation
 
 
-def _over_store(model: Model, store: Store, asked: Evaluation, windows: Windows, group: Group) -> dict[str, Any]:
+def _over_store(model: Model, store: Store, asked: Evaluation, pieces: np.ndarray, group: Group) -> dict[str, Any]:
     split = _split(store, asked)
-    pieces = likelihood.store_pieces(split, store.supervised, windows)
     what = f"{model.reference.name}: {store.path.name}"
     contract = model.reference.contract
     return likelihood.score(model.module, pieces, split.read, contract, asked.batch_size, group, what).figures()
@@ -210,8 +220,15 @@ class _Texts:
     Bytes are those of the text in UTF-8, so that the figure compares models with different tokenizers.
     """
 
-    def __init__(self, asked: Evaluation, positions: list[int | None], of_run: dict[str, Any], group: Group):
+    def __init__(self, asked: Evaluation, references: Sequence[Reference], of_run: dict[str, Any], group: Group):
         self.group, self.batch_size = group, asked.batch_size
+        positions = [reference.positions for reference in references]
+        for reference in references:
+            if reference.contract.bos_id is None and reference.contract.eos_id is None:
+                raise UserError(
+                    f"{reference.tokenizer} has neither bos nor eos, to predict the first token of a text from",
+                    "evaluate on a store",
+                )
         if asked.packing not in (None, "documents"):
             raise UserError("--text is read document by document", "leave out --packing, or give --packing documents")
         self.windows = likelihood.choose_windows(
@@ -230,12 +247,7 @@ class _Texts:
         contract = model.reference.contract
         with_bos = contract.adds_bos if model.add_bos is None else model.add_bos
         candidates = [contract.bos_id, contract.eos_id] if with_bos else [contract.eos_id, contract.bos_id]
-        before = next((id for id in candidates if id is not None), None)
-        if before is None:
-            raise UserError(
-                f"{model.reference.tokenizer} has neither bos nor eos, to predict the first token of a text from",
-                "evaluate on a store",
-            )
+        before = next(id for id in candidates if id is not None)
         key = contract.fingerprint, before
         if key not in self.encoded:
             self.encoded = {key: self._encode(model.reference.tokenizer, before)}
@@ -272,47 +284,18 @@ class _Texts:
         return joined, bounds
 
 
-def _read_prompts(file: Path) -> list[dict[str, str]]:
-    """A prompt a line: text, or a JSON object with prompt, and input and system where the template has them."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file", "give a file with a prompt a line")
-    prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        prompt: Any = {"prompt": line.rstrip("\r")}
-        if line.lstrip().startswith("{"):
-            try:
-                prompt = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}, line {number}: no JSON ({error})", "mend it") from None
-        strings = all(isinstance(value, str) for value in prompt.values())
-        if not strings or "prompt" not in prompt or prompt.keys() - {"prompt", "input", "system"}:
-            raise UserError(f"{file}, line {number}: not prompt, input and system", 'write {"prompt": "…"}')
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{file} holds no prompt", "write a prompt a line")
-    return prompts
-
-
-def _replies(reference: Reference, asked: Evaluation, prompts: list[dict[str, str]], group: Group) -> list[dict]:
+def _replies(reference: Reference, asked: Evaluation, prompts: Path, dtype: str, group: Group) -> list[dict]:
     """Greedy continuations; the processes share the prompts out."""
-    if reference.step is not None:
-        raise UserError(f"--prompts needs Hugging Face folders, {reference.name} is a run", "export it first")
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def reply() -> list[tuple[str, bool]]:
-        generator = Generator(reference.folder, asked.template)
-        return [
-            generator.generate(
-                prompt["prompt"], prompt.get("input", ""), asked.max_new_tokens, prompt.get("system", "")
-            )
-            for prompt in prompts[rank::world_size]
-        ]
+    def reply() -> list[dict]:
+        generator = Generator(reference.name, asked.template, dtype, reference.tokenizer)
+        decoding = Decoding(max_new_tokens=asked.max_new_tokens)
+        return list(answer(generator, prompts, decoding, asked.batch_size, part=slice(rank, None, world_size)))
 
     parts = together(group, reply)
-    replies = [parts[index % world_size][index // world_size] for index in range(len(prompts))]
-    return [{"reply": text, "ended": ended} for text, ended in replies]
+    replies = [parts[index % world_size][index // world_size] for index in range(sum(map(len, parts)))]
+    return [{key: reply[key] for key in ("reply", "stopped")} for reply in replies]
 
 
 def _versions() -> dict[str, str | None]:

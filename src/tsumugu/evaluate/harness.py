@@ -9,8 +9,10 @@ import contextlib
 import csv
 import importlib.metadata
 import importlib.util
+import io
 import json
 import logging
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -28,13 +30,14 @@ from transformers import AutoTokenizer
 
 from tsumugu.data.store import sha256
 from tsumugu.errors import UserError
-from tsumugu.evaluate.models import Model, out_of_memory_explained
+from tsumugu.evaluate.models import Model, Reference, has_chat_template, out_of_memory_explained
 from tsumugu.training.storages import Group, together
 
 TASKS = Path(__file__).parent / "tasks"
 CHECKED = "0.4.13"  # the version of lm-evaluation-harness whose tasks ours are compared with, by tests/test_evaluate.py
 FEWSHOT_SEED = 1234  # the harness's own default
 
+_LONGEST_REPLY = 256  # tokens; the harness's own default
 _TURNS = ("user", "assistant", "user")
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _NETWORK_KEYS = ("dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "use_prompt", "include")
@@ -90,24 +93,77 @@ def read_task(name: str, data: Path) -> Task:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no task {name}", f"known: {', '.join(names())}, or the path of a .yaml file") from None
-    except yaml.YAMLError as error:  # also !function, which would run code
+    except (yaml.YAMLError, UnicodeDecodeError) as error:  # also !function, which would run code
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no task file that is read here: {reason}", "write plain YAML") from None
     own = config.pop("tsumugu", None) if isinstance(config, dict) else None
-    if not isinstance(own, dict) or not {"form", "files"} <= own.keys() or own["form"] not in _FORMS:
+    files = own.get("files") if isinstance(own, dict) else None
+    if not isinstance(own, dict) or not isinstance(files, dict) or own.get("form") not in tuple(_FORMS):
         raise UserError(
             f"{path} does not say which files it reads",
             f"write a section tsumugu with files (a pattern by split) and form ({', '.join(_FORMS)})",
         )
     if found := [key for key in _NETWORK_KEYS if key in config]:
         raise UserError(f"{path} has {found[0]}, which names a data set of the hub", "name local files: tsumugu.files")
+    if missing := [key for key in ("task", "output_type", "metric_list") if not config.get(key)]:
+        raise UserError(f"{path} has no {missing[0]}", "write it as lm-evaluation-harness wants it")
+    if _evaluated(config) not in files:
+        raise UserError(f"{path} evaluates a split that no file is named for", "name it: test_split, validation_split")
     documents, hashes = {}, {}
-    for split, pattern in own["files"].items():
-        files = _files(data, pattern, many=own["form"] == "choices", task=name)
-        documents[split] = [document for file in files for document in _FORMS[own["form"]](file)]
-        hashes |= {str(file.relative_to(data)): sha256(file) for file in files}
+    for split, pattern in files.items():
+        found = _files(data, str(pattern), many=own["form"] == "choices", task=name)
+        documents[split] = [document for file in found for document in _FORMS[own["form"]](file)]
+        if not documents[split]:
+            raise UserError(f"{found[0]} holds no document", "copy the data anew")
+        hashes |= {str(file.relative_to(data)): sha256(file) for file in found}
     upstream, published = own.get("upstream"), own.get("published", {})
     return Task(config["task"], config, documents, hashes, upstream, published, own.get("character_f1", False))
+
+
+def check(tasks: Sequence[Task], references: Sequence[Reference], limit: int | None, chat_template: bool) -> None:
+    """Makes all that is asked, and lets it go, so that a mistake shows before models are loaded.
+
+    Raises:
+        UserError: Documents that are not as the task wants them, no chat template, or too few positions to reply in.
+    """
+    for reference in references:
+        if chat_template and not has_chat_template(reference):
+            raise UserError(f"{reference.name} has no chat template", "leave out --chat-template")
+        for task in tasks:
+            longest = _longest_reply(task)
+            if task.config["output_type"] == "generate_until" and (reference.positions or math.inf) <= longest:
+                room = f"{reference.name} has {reference.positions} positions"
+                raise UserError(f"{task.name} wants replies of {longest} tokens, {room}", "leave this task out")
+    with _quietly():
+        for task in tasks:
+            with _documents_explained(task):
+                made = _made(task)
+                made.build_all_requests(limit=limit)
+                for document in made.eval_docs:
+                    target = made.doc_to_target(document)
+                    if task.config["output_type"] == "multiple_choice":
+                        _check_answer(target, made.doc_to_choice(document))
+                    if task.character_f1:
+                        character_f1("", document["answers"]["text"])
+
+
+def _check_answer(target: Any, choices: Sequence[str]) -> None:
+    """The harness would count a question whose answer is no choice as one that is answered wrongly."""
+    for answer in target if isinstance(target, list) else [target]:
+        if not (answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)):
+            raise ValueError(f"the answer {answer!r} is none of the {len(choices)} choices")
+
+
+@contextlib.contextmanager
+def _documents_explained(task: Task) -> Iterator[None]:
+    """Whatever the harness and its templates raise about documents that are not as they want them."""
+    try:
+        yield
+    except (TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{task.name} cannot be asked of its documents: {type(error).__name__} {reason}", "see docs/evaluate.md"
+        ) from None
 
 
 def run(
@@ -129,14 +185,13 @@ def run(
         chat_template: Whether the prompts go through the model's chat template, the shots as turns before.
 
     Raises:
-        UserError: No chat template, a model with too few positions to reply, or too little memory.
+        UserError: Too little memory.
     """
     with _quietly(), out_of_memory_explained(batch_size, model.module.device):
         from lm_eval.evaluator import evaluate
 
         harness_model = _harness_model(model, batch_size, chat_template, group)
         made = {task.name: _made(task) for task in tasks}
-        _check_room(tasks, harness_model, model)
         results = evaluate(
             lm=harness_model,
             task_dict=made,
@@ -170,12 +225,7 @@ def _made(task: Task) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     splits = {split: datasets.Dataset.from_list(documents) for split, documents in task.documents.items()}
-    try:
-        made = ConfigurableTask(config={**task.config, "custom_dataset": lambda **_: splits})
-    except (TemplateError, KeyError) as error:
-        raise UserError(
-            f"{task.name}: its documents are not of the published form: {error}", "see docs/evaluate.md"
-        ) from None
+    made = ConfigurableTask(config={**task.config, "custom_dataset": lambda **_: splits})
     made.set_fewshot_seed(FEWSHOT_SEED)
     return made
 
@@ -196,8 +246,6 @@ def _harness_model(model: Model, batch_size: int, chat_template: bool, group: Gr
 
     tokenizer = AutoTokenizer.from_pretrained(model.reference.tokenizer, trust_remote_code=False)
     if chat_template:
-        if model.chat_template is None:
-            raise UserError(f"{model.reference.name} has no chat template", "leave out --chat-template")
         tokenizer.chat_template = model.chat_template
     return Shared(
         pretrained=model.module,
@@ -216,18 +264,8 @@ def _shared(requests: list, compute: Callable[[list], list], group: Group) -> li
     return [reply for part in together(group, lambda: compute(own) if own else []) for reply in part]
 
 
-def _check_room(tasks: Sequence[Task], harness_model: Any, model: Model) -> None:
-    room = harness_model.max_length
-    for task in tasks:
-        if task.config["output_type"] == "generate_until" and room <= (longest := _longest_reply(task, harness_model)):
-            raise UserError(
-                f"{task.name} wants replies of {longest} tokens, {model.reference.name} has {room} positions",
-                "leave this task out",
-            )
-
-
-def _longest_reply(task: Task, harness_model: Any) -> int:
-    return task.config.get("generation_kwargs", {}).get("max_gen_toks", harness_model.max_gen_toks)
+def _longest_reply(task: Task) -> int:
+    return task.config.get("generation_kwargs", {}).get("max_gen_toks", _LONGEST_REPLY)
 
 
 def _report(task: Task, results: Any, harness_model: Any, limit: int | None, chat_template: bool) -> dict[str, Any]:
@@ -268,7 +306,7 @@ def _differences(task: Task, report: dict, limit: int | None, chat_template: boo
     for split, published in task.published.items():
         if len(task.documents[split]) != published:
             differences.append(f"{split} has {len(task.documents[split])} documents, {published} were published")
-    if limit is not None and report["documents"] < len(task.documents[_evaluated(task)]):
+    if limit is not None and report["documents"] < len(task.documents[_evaluated(task.config)]):
         differences.append(f"only the first {limit} documents")
     if chat_template:
         differences.append("the prompts went through a chat template")
@@ -288,8 +326,9 @@ def _takes(tokenizer: Any, *roles: str) -> bool:
     return True
 
 
-def _evaluated(task: Task) -> str:
-    return task.config.get("test_split") or task.config["validation_split"]
+def _evaluated(config: dict[str, Any]) -> str:
+    """The split that is; "" where none is named."""
+    return config.get("test_split") or config.get("validation_split") or ""
 
 
 def _is_cut(sample: dict, task: Task, harness_model: Any) -> bool:
@@ -297,7 +336,7 @@ def _is_cut(sample: dict, task: Task, harness_model: Any) -> bool:
     arguments = sample["arguments"]
     if task.config["output_type"] == "generate_until":
         length = len(harness_model.tok_encode(arguments[0][0]))
-        return length > harness_model.max_length - _longest_reply(task, harness_model)
+        return length > harness_model.max_length - _longest_reply(task)
     pairs = (harness_model._encode_pair(prompt, choice) for prompt, choice in arguments)
     return any(len(prompt) + len(choice) > harness_model.max_length + 1 for prompt, choice in pairs)
 
@@ -319,15 +358,18 @@ def _read_lines(file: Path) -> list[dict]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if line.strip():
             try:
-                documents.append(json.loads(line))
+                document = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{file}, line {number}: no JSON ({error})", "mend it") from None
+            if not isinstance(document, dict):
+                raise UserError(f"{file}, line {number}: no JSON object", "write one document a line")
+            documents.append(document)
     return documents
 
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")  # read_text would change line ends
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 at byte {error.start}", "unpack it, or save it as UTF-8") from None
 
@@ -335,9 +377,19 @@ def _text(file: Path) -> str:
 def _read_squad(file: Path) -> list[dict]:
     """SQuAD's own form: articles, their paragraphs, and the questions about them; or one question a JSON line."""
     try:
-        articles = json.loads(_text(file))["data"]
-    except (ValueError, KeyError):
+        content = json.loads(_text(file))
+    except ValueError:
         return _read_lines(file)
+    if not isinstance(content, dict) or "data" not in content:
+        return _read_lines(file)
+    try:
+        return _questions(content["data"])
+    except (LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise UserError(f"{file} is not of SQuAD's form: {reason}", "copy the data anew") from None
+
+
+def _questions(articles: list) -> list[dict]:
     return [
         {
             "id": question["id"],
@@ -357,8 +409,10 @@ def _read_squad(file: Path) -> list[dict]:
 
 def _read_choices(file: Path) -> list[dict]:
     """CSV as MMLU has it: question, four choices and the letter of the right one, with a line of names or without."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(_text(file), newline="")) if row]
+    except csv.Error as error:
+        raise UserError(f"{file} is no CSV: {error}", "mend it") from None
     if rows and rows[0][-1].lower() == "answer":
         rows = rows[1:]
     for number, row in enumerate(rows, 1):

@@ -5,7 +5,6 @@ Every process holds a whole copy, on its own device: what is shared out is the d
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tsumugu.data.instructions import find_template, jinja_of
 from tsumugu.distributed.environment import on_main
 from tsumugu.errors import UserError
-from tsumugu.export import ORIGIN
-from tsumugu.generate import model_of_run
-from tsumugu.model import build
+from tsumugu.export import read_origin
+from tsumugu.generate import is_folder, load_folder, model_of_run
+from tsumugu.model import adapter, build
 from tsumugu.tokenizer.contract import CHAT_TEMPLATE, Contract, copy_tokenizer, read_contract, write_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.storages import Group
@@ -81,7 +79,7 @@ def find(names: Sequence[str], each_checkpoint: bool, tokenizer: Path | None, gr
     """
     references, runs = [], 0
     for name in names:
-        if (Path(name) / "config.json").is_file():
+        if is_folder(Path(name)):
             references.append(_of_folder(name, tokenizer))
             continue
         runs += 1
@@ -122,6 +120,13 @@ def load(reference: Reference, dtype: str, device: torch.device, group: Group) -
     return loaded
 
 
+def has_chat_template(reference: Reference) -> bool:
+    """Whether `load` finds one."""
+    if reference.step is None:
+        return (reference.tokenizer / CHAT_TEMPLATE).is_file()
+    return bool(checkpoint.read_state(reference.folder, reference.step)["template"])
+
+
 @contextlib.contextmanager
 def out_of_memory_explained(batch_size: int, device: torch.device) -> Iterator[None]:
     """Has an error of memory say what to do about it."""
@@ -145,11 +150,11 @@ def _steps(name: str, each_checkpoint: bool, group: Group) -> tuple[Path, list[i
 def _of_folder(name: str, tokenizer: Path | None) -> Reference:
     folder = Path(name)
     own = tokenizer if tokenizer and not (folder / "contract.json").is_file() else folder
-    config = build.read_config(str(folder))
-    contract = _describe(own)
-    if contract.vocab_size > config.vocab_size:
+    config = build.read_config(str(adapter.find_base(folder) if adapter.is_adapter(folder) else folder))
+    contract, ids = _describe(own), read_origin(folder).get("vocab_size", config.vocab_size)
+    if contract.vocab_size > ids:
         raise UserError(
-            f"the tokenizer {own} has {contract.vocab_size} ids, the model {name} only {config.vocab_size}",
+            f"the tokenizer {own} has {contract.vocab_size} ids, the model {name} only {ids}",
             "give the model's own tokenizer with --tokenizer",
         )
     return Reference(name, folder, None, own, contract, getattr(config, "max_position_embeddings", None))
@@ -170,23 +175,16 @@ def _describe(folder: Path) -> Contract:
 
 
 def _load_folder(reference: Reference, dtype: str, device: torch.device, _: Group) -> Model:
-    folder = reference.folder
-    try:
-        with build.quiet():
-            module: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=build.DTYPES[dtype], trust_remote_code=False, local_files_only=True
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder} cannot be loaded: {reason}", "export or copy it anew") from None
-    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8")) if (folder / ORIGIN).exists() else {}
+    folder, origin = reference.folder, read_origin(reference.folder)
+    module: Any = load_folder(folder, origin, build.DTYPES[dtype])
     template = reference.tokenizer / CHAT_TEMPLATE
+    weights = adapter.weights_sha256 if adapter.is_adapter(folder) else build.weights_sha256
     return Model(
         reference,
         module.to(device),
         origin.get("add_bos"),
         template.read_text(encoding="utf-8") if template.is_file() else None,
-        on_main(lambda: build.weights_sha256(folder)),
+        on_main(lambda: weights(folder)),
     )
 
 

@@ -76,17 +76,16 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor):  # type: ignore[override]
         input, weight, total, begun = ctx.saved_tensors
-        # laid out here, where the compiler writes them so at once: an operation that it does not know gets what eager
-        # torch would have, which can take a copy
-        gradient_NO, rows_NI = gradient.flatten(0, -2).contiguous(), input.flatten(0, -2).contiguous()
+        gradient_NO, rows_NI = gradient.flatten(0, -2), input.flatten(0, -2)
         d_bias = gradient_NO.sum(0) if ctx.has_bias else None
         d_rows = torch.ops.tsumugu.linear_backward(gradient_NO, rows_NI, weight, total, begun)
         return d_rows.view(input.shape), None, d_bias, None, None
 
 
 # To torch's compiler this is a function of its arguments alone, and would be left out if its result were not used. It
-# writes to two of them, which nothing else in the graph reads, and is called once: backward is not recomputed.
-@torch.library.custom_op("tsumugu::linear_backward", mutates_args=())
+# writes to two of them, which nothing else in the graph reads, and is called once: backward is not recomputed. How the
+# others lie in memory is left to the compiler, which by default would lay them out as eager torch does.
+@torch.library.custom_op("tsumugu::linear_backward", mutates_args=(), tags=[torch.Tag.flexible_layout])
 def _linear_backward(
     gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
 ) -> torch.Tensor:

@@ -208,6 +208,18 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def parts(model: PreTrainedModel) -> list[list[str]]:
+    """The names of what is saved, in pieces that are converted to names on disk by themselves: whole decoder layers,
+    and what is in none, tensor by tensor."""
+    layers, tied = set(decoder_layers(model)), tied_names(model)
+    prefixes = [f"{prefix}." for prefix, module in model.named_modules() if module in layers]
+    found: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        if name not in tied:
+            found.setdefault(next(filter(name.startswith, prefixes), name), []).append(name)
+    return list(found.values())
+
+
 def attention_implementation(model: PreTrainedModel) -> str:
     """transformers' name of it: sdpa, eager, ..."""
     return str(model.config._attn_implementation)
@@ -512,11 +524,21 @@ def _weights(folder: Path) -> Iterator[dict[str, Any]]:
                     state_dict |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
                 else:  # torch before 1.6 wrote no zip file, and only those can be mapped
                     mapped = zipfile.is_zipfile(file)
-                    state_dict |= torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+                    content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+                    if not is_state_dict(content):
+                        raise TypeError("not tensors by name")
+                    state_dict |= content
             except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{file} holds no plain weights: {reason}", "copy the model anew") from None
         yield state_dict
+
+
+def is_state_dict(content: Any) -> bool:
+    """Whether something that torch has loaded is tensors by name, and nothing else."""
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -539,12 +561,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars, of which every process would draw one."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' own progress bars, of which every process would draw one, and its tables of keys."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()
 

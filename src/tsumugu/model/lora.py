@@ -7,7 +7,9 @@ adapters, and its other rows are frozen. peft is imported where it is used: it i
 
 import contextlib
 import importlib.util
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +195,53 @@ def merged(
         return tensor.to(dtype)
 
     return weight
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """A model with its adapters beside its weights, as it computes in training.
+
+    Attributes:
+        weight: A weight of the base model by its name, with the rows of new ids, and without adapters.
+        factors: By the name of a layer its A (rank, inputs) and B (outputs, rank).
+        scale: Of B · A.
+    """
+
+    weight: Callable[[str], torch.Tensor]
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    scale: float
+
+
+def unmerged(model: PreTrainedModel, adapters: Adapters, quantized: Collection[str] = ()) -> Unmerged:
+    """What `merged` adds up, kept apart, by the names of what was trained alone and no code of peft: to compare with.
+
+    Args:
+        model, quantized: As of `merged`.
+        adapters: What the model was made with.
+    """
+    factors: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    rows = {}
+    for name, parameter in trained(model).items():
+        if ".token_adapter." in name:
+            rows[f"{name.partition('.token_adapter.')[0]}.weight"] = parameter.detach()
+        else:
+            layer, factor, _ = re.split(r"\.(lora_[AB])\.", name)
+            factors[layer][factor] = parameter.detach()
+    with unwrapped(model):
+        base = model.state_dict()
+    ids = [id for id, _ in adapters.new_rows]
+
+    def weight(name: str) -> torch.Tensor:
+        tensor = base[name]
+        if name in quantized:
+            tensor = nf4.dequantize(*nf4.quantize(tensor), torch.float32)
+        if name in rows:
+            tensor = tensor.to(rows[name].dtype, copy=True)
+            tensor[ids] = rows[name]
+        return tensor
+
+    pairs = {layer: (pair["lora_A"], pair["lora_B"]) for layer, pair in factors.items()}
+    return Unmerged(weight, pairs, adapters.alpha / adapters.rank)
 
 
 def merging_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tsumugu.errors import redact
+from tsumugu.errors import UserError, redact
 from tsumugu.training.trackers import Tracker, failure, numbers
 
 METRICS = "metrics.jsonl"
@@ -119,7 +119,11 @@ def _text(line: dict, keys: Sequence[str]) -> str:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; those cut short by a kill or a full disk are left out."""
+    """The lines of a run's metrics.jsonl; those cut short by a kill or a full disk are left out.
+
+    Raises:
+        UserError: A whole line that holds no figures of a step.
+    """
     return list(metric_lines(run_dir))
 
 
@@ -129,10 +133,13 @@ def metric_lines(run_dir: Path) -> Iterator[dict]:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             with contextlib.suppress(ValueError):
                 if line.endswith("\n"):
-                    yield json.loads(line)
+                    content = json.loads(line)
+                    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+                        raise UserError(f"{path}:{number} holds no figures of a step", "delete that line")
+                    yield content
 
 
 def memory_peak_gib(device: torch.device) -> float:
