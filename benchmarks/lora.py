@@ -17,13 +17,14 @@ from pathlib import Path
 
 import checkpoint as text_of  # benchmarks/checkpoint.py, for its store
 import torch
-from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from tsumugu import config
+from tsumugu.distributed import paths
 from tsumugu.distributed.environment import Environment, process_group
 from tsumugu.export import _write_weights
-from tsumugu.model import build, lora, nf4
+from tsumugu.model import build
+from tsumugu.plan import instances, memory
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Trainer
 
@@ -76,38 +77,12 @@ SHAPES = {
 
 
 def predict(shape: Shape) -> dict[str, float]:
-    """Bytes by part, for a micro batch of one row of TOKENS on one GPU."""
-    model = build.meta_model(shape.config(), torch.bfloat16)
-    layers = build.decoder_layers(model)
-    outputs = {id(m): m.out_features for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
-    largest = max(m.weight.numel() for m in layers[0].modules() if isinstance(m, nn.Linear))
-    targets = lora.find_targets(layers, None)
-    adapters = lora.Adapters(
-        **{"rank": RANK, "alpha": 2 * RANK, "dropout": 0.0, "targets": targets, "new_rows": [], "base": ""},
-        **{"base_sha256": "", "quantize": shape.quantize},
-    )
-    lora.add_adapters(model, adapters, torch.float32)
-    if shape.quantize:
-        nf4.replace(layers, torch.bfloat16)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    of_layer = sum(p.nbytes if not p.requires_grad else p.nbytes // 2 for p in layers[0].parameters())
-    root = sum(p.nbytes for p in frozen) - sum(
-        p.nbytes for layer in layers for p in layer.parameters() if not p.requires_grad
-    )
-    # of a token in a layer, in 16 bits: its input, attention, and what matrix products give, those of adapters too
-    hidden, products = shape.sizes["hidden_size"], sum(outputs.values()) / len(layers)
-    kept = 2 * TOKENS * (2 * hidden + 2 * products + RANK * len(outputs) / len(layers))
-    held = 2 * TOKENS * hidden if shape.recomputed == "full" else kept
-    return {
-        "frozen weights": sum(p.nbytes for p in frozen),
-        "adapters, gradients and moments": 4 * sum(p.nbytes for p in trained),
-        "gathered: embedding, head, two layers": root + 2 * of_layer,
-        "a weight multiplied out": 2 * largest if shape.quantize else 0,
-        "logits": TOKENS * shape.sizes["vocab_size"] * (2 + 4 + 4),
-        "kept for backward": len(layers) * held,
-        "a layer's own work": 2 * kept,  # what lies between the products is about as much again
-    }
+    """Bytes by part, for a micro batch of one row of TOKENS on one GPU, as `tsumugu plan` has them."""
+    cuda = torch.cuda.is_available()
+    device = paths.this_device(torch.device("cuda", 0)) if cuda else instances.gpu("H100").device()
+    setup = memory.set_up(run_config(shape, Path("nowhere")), shape.config(), device, processes=1)
+    parts = memory.peak(setup, memory.trace_model(setup, 1), 1)
+    return {part: size for part, size in parts.items() if size}
 
 
 def write_model(shape: Shape, folder: Path) -> None:

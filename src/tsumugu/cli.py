@@ -263,8 +263,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     evaluate = command(commands, "evaluate", _evaluate, "loss, Japanese tasks and replies of models, side by side")
     _add_evaluate_arguments(evaluate)
 
+    plan = command(
+        commands,
+        "plan",
+        _plan,
+        "does it fit, how long does it take, what does it cost; exit 1 where it does not fit",
+        epilog="Any --SECTION.KEY VALUE of the configuration is taken, such as --train.micro_batch_size 2.",
+    )
+    _add_plan_arguments(plan)
+
     options, flags = parser.parse_known_args(arguments)
-    if flags and options.run not in (_prepare, _train, _launch_local, _launch_slurm):
+    if flags and options.run not in (_prepare, _train, _launch_local, _launch_slurm, _plan):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
     return options, flags
 
@@ -273,6 +282,26 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
+    parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
+    parser.add_argument("--instance-type", nargs="+", default=[], metavar="TYPE", help="default: this machine")
+    parser.add_argument("--instance-count", nargs="+", type=_whole(1), default=[1], metavar="N", help="default: 1")
+    parser.add_argument("--tokens", type=_whole(1, 2**63), metavar="N", help="of the training data, if it is not here")
+    parser.add_argument("--vocab-size", type=_whole(1), metavar="N", help="of the tokenizer, if it is not here")
+    parser.add_argument("--json", action="store_true", help="as JSON: an object, of several clusters a list")
+    parser.add_argument("--chart", metavar="FILE", help="cost against time as a picture (needs matplotlib)")
+    speed = parser.add_argument_group("speed")
+    speed.add_argument("--calibration", metavar="FILE", help="efficiencies that --probe measured (default: shipped)")
+    speed.add_argument("--probe", metavar="FILE", help="take 20 steps on this machine, and write their efficiencies")
+    cost = parser.add_argument_group("cost")
+    cost.add_argument("--price-per-hour", nargs="+", default=[], metavar="USD", help="of an instance; or TYPE=USD ...")
+    cost.add_argument("--prices", metavar="FILE", help="JSON, in place of the shipped prices")
+    cost.add_argument("--spot", action="store_true", help="spot prices of that file")
+    cost.add_argument("--aws-prices", metavar="REGION", help="on-demand prices by AWS (needs boto3 and credentials)")
+    cost.add_argument("--yen-per-dollar", type=float, metavar="RATE", help="costs in yen too")
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -709,6 +738,46 @@ def _report(options: argparse.Namespace, _flags: list[str]) -> int:
     ):
         print(path)
     return 0
+
+
+def _plan(options: argparse.Namespace, flags: list[str]) -> int:
+    import json
+
+    from tsumugu import config
+    from tsumugu.plan import command
+
+    run = config.load(config.TrainingRun, options.config, flags)
+    asked = command.Asked(
+        instance_types=options.instance_type,
+        instance_counts=options.instance_count,
+        tokens=options.tokens,
+        vocab_size=options.vocab_size,
+        calibration=Path(options.calibration) if options.calibration else None,
+        prices_per_hour=options.price_per_hour,
+        prices=Path(options.prices) if options.prices else None,
+        spot=options.spot,
+        aws_region=options.aws_prices,
+        yen_per_dollar=options.yen_per_dollar,
+    )
+    if options.probe:
+        from tsumugu.plan.probe import probe
+
+        print(probe(run, asked, Path(options.probe)))
+        return 0
+    plans = command.plans(run, asked)
+    if options.chart:
+        command.draw(plans, Path(options.chart))
+    if options.json:
+        found = [plan.to_json() for plan in plans]
+        print(json.dumps(found if len(found) > 1 else found[0], indent=1))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 120
+        command.show(plans, console, options.yen_per_dollar)
+    return 0 if any(plan.fits for plan in plans) else 1
 
 
 def _evaluate(options: argparse.Namespace, _flags: list[str]) -> int:

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tsumugu.config import LoraConfig
 from tsumugu.distributed.environment import process_group
-from tsumugu.distributed.parallelize import _recomputed
+from tsumugu.distributed.parallelize import recomputed as with_recomputation
 from tsumugu.errors import UserError
 from tsumugu.export import CertificateError, export
 from tsumugu.model import lora, masters, nf4
@@ -614,7 +614,7 @@ def test_no_weight_that_nf4_multiplies_out_is_kept_for_backward_where_layers_are
     codes, scales = nf4.quantize(weight)
     linear.codes.data.copy_(codes.contiguous().view(torch.float32))
     linear.scales.data.copy_(scales.contiguous().view(torch.float32))
-    forward = linear.forward if recomputed == "none" else _recomputed(linear.forward, recomputed == "selective")
+    forward = linear.forward if recomputed == "none" else with_recomputation(linear.forward, recomputed == "selective")
     torch.compiler.reset()
     hidden = torch.randn(4, 128, requires_grad=True)
     kept: list[torch.Tensor] = []

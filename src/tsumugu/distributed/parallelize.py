@@ -30,7 +30,7 @@ _KEPT = {
     *("aten::_efficient_attention_forward", "torch_attn::_varlen_attn", "flex_attention"),
     "tsumugu::nf4_product",
 }
-_SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory is worth
+SMALLEST_OFFLOADED = 2**20  # bytes; a copy of less costs more than the memory is worth
 
 
 def parallelize(
@@ -72,8 +72,8 @@ def parallelize(
     for index, layer in enumerate(layers):
         if config.fp8:
             _multiply_in_fp8(layer, config.fp8)
-        if index % config.checkpoint_every_nth_layer == 0 and config.activation_checkpointing != "none":
-            layer.forward = _recomputed(layer.forward, config.activation_checkpointing == "selective")
+        if is_recomputed(index, config):
+            layer.forward = recomputed(layer.forward, config.activation_checkpointing == "selective")
         if config.compile:
             # with changing sizes, torch's compiler does not come to an end for layers that are split
             layer.forward = torch.compile(layer.forward, dynamic=False if split_by_tensor else None)
@@ -96,6 +96,11 @@ def parallelize(
         module.set_force_sum_reduction_for_comms(True)
     if config.prefetch > 1:
         _prefetch([module for module in layers if isinstance(module, FSDPModule)], config.prefetch)
+
+
+def is_recomputed(index: int, config: ParallelConfig) -> bool:
+    """Whether backward computes again what the decoder layer of that number keeps otherwise."""
+    return config.activation_checkpointing != "none" and index % config.checkpoint_every_nth_layer == 0
 
 
 def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
@@ -140,7 +145,7 @@ def _prefetch(layers: list[FSDPModule], count: int) -> None:
         layer.set_modules_to_backward_prefetch(layers[max(0, index - count) : index][::-1])
 
 
-def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
     """`forward` whose intermediate results are computed again by backward, with the same dropout.
 
     Selectively: all but the results of matrix products and attention, which cost most time and are kept.
@@ -150,12 +155,12 @@ def _recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., A
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
     @functools.wraps(forward)
-    def recomputed(*args, **kwargs):
+    def again(*args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    return recomputed
+    return again
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -180,7 +185,7 @@ def _offloaded(forward: Callable[..., Any], layer: nn.Module) -> Callable[..., A
         weights = {p.untyped_storage().data_ptr() for p in local}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.device, tuple[int, ...]]:
-            small = tensor.nbytes < _SMALLEST_OFFLOADED or 0 in tensor.stride()
+            small = tensor.nbytes < SMALLEST_OFFLOADED or 0 in tensor.stride()
             if small or not tensor.is_cuda or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
             copies.wait_stream(torch.cuda.current_stream())

@@ -1,7 +1,8 @@
 """Linear layers whose weight's gradient is added to its float32 sum by the matrix product that makes it.
 
 Otherwise a product writes it in 16 bits, and a pass over memory reads it again and adds it. Here it is neither rounded
-nor ever in memory beside the sum.
+nor ever in memory beside the sum. It is not for layers that are recomputed: torch's compiler keeps what an autograd
+function saves there, so that nothing would be won.
 """
 
 from dataclasses import dataclass

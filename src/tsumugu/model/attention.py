@@ -35,7 +35,9 @@ def keep_documents_apart(model: PreTrainedModel, dtype: torch.dtype) -> str:
     Returns:
         A line for the user: which attention it is, and why.
     """
-    reason = _no_varlen(model, dtype)
+    cuda = model.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(model.device) if cuda else (0, 0)
+    reason = no_varlen(model, dtype, model.device.type, capability)
     if reason is None:
         model.set_attn_implementation(VARLEN)
         return "documents are kept apart by variable-length attention"
@@ -123,12 +125,12 @@ def _attends_to_all(config: PretrainedConfig) -> bool:
     return kinds == {"full_attention"} and not getattr(config, "sliding_window", None)
 
 
-def _no_varlen(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
-    """Why variable-length attention is not used; None where it is."""
+def no_varlen(model: PreTrainedModel, dtype: torch.dtype, device_type: str, capability: tuple[int, int]) -> str | None:
+    """Why variable-length attention is not used on a device; None where it is."""
     config: PretrainedConfig = model.config
-    if model.device.type != "cuda":
+    if device_type != "cuda":
         return "variable-length attention needs a GPU"
-    if torch.cuda.get_device_capability(model.device) < (8, 0):
+    if capability < (8, 0):
         return "variable-length attention needs a GPU of compute capability 8.0 or more"
     if dtype not in (torch.bfloat16, torch.float16):
         return "variable-length attention needs bfloat16 or float16"

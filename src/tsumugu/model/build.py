@@ -7,6 +7,7 @@ with the oldest and the newest transformers that the package allows.
 import contextlib
 import copy
 import hashlib
+import inspect
 import json
 import pickle
 import zipfile
@@ -218,6 +219,11 @@ def parts(model: PreTrainedModel) -> list[list[str]]:
         if name not in tied:
             found.setdefault(next(filter(name.startswith, prefixes), name), []).append(name)
     return list(found.values())
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the forward pass of a model has an argument for positions."""
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

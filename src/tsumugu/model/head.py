@@ -53,6 +53,34 @@ def sum_losses(model: PreTrainedModel, device: torch.device, dtype: torch.dtype)
     return reason
 
 
+def is_last(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether the logits of a model of fake tensors are its head's output, untouched: what `sum_losses` tries out."""
+    seen: list[torch.Tensor] = []
+    head: Any = model.get_output_embeddings()
+    base: Any = model.base_model
+    if base is model or type(head) is not nn.Linear:
+        return False
+    stub = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype))
+    own = base.__dict__.get("forward")
+
+    def look(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.extend((inputs[0], output))
+
+    hook = head.register_forward_hook(look)
+    base.forward = lambda *args, **kwargs: stub
+    try:
+        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
+    finally:
+        hook.remove()
+        del base.forward
+        if own is not None:
+            base.forward = own
+    if len(seen) != 2:
+        return False
+    pairs = (seen[0], stub.last_hidden_state), (seen[1], logits)
+    return all(one is not None and one.untyped_storage() is other.untyped_storage() for other, one in pairs)
+
+
 class _HiddenStates(BaseModelOutputWithPastAndCrossAttentions):
     """What a decoder stack returns, of which nothing but hidden states is there."""
 

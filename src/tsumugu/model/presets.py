@@ -90,19 +90,27 @@ def preset_config(name: str, contract: Contract) -> PretrainedConfig:
     Raises:
         UserError: No shape of that name.
     """
+    own = PRESETS[name].vocabulary if name in PRESETS else None
+    ids = {"bos_token_id": contract.bos_id, "eos_token_id": contract.eos_id, "pad_token_id": contract.pad_id}
+    return sized_config(name, max(contract.vocab_size, own or 0), **ids)
+
+
+def sized_config(name: str, vocabulary: int, **ids: int | None) -> PretrainedConfig:
+    """The configuration of a named shape with so large a vocabulary, rounded up to a multiple of 128.
+
+    Raises:
+        UserError: No shape of that name.
+    """
     if name not in PRESETS:
         raise UserError(f"model.preset: no shape {name}", f"known: {', '.join(PRESETS)}")
     shape = PRESETS[name]
-    vocabulary = max(contract.vocab_size, shape.vocabulary or 0)
     return AutoConfig.for_model(
         shape.model_type,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         vocab_size=-(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        bos_token_id=contract.bos_id,
-        eos_token_id=contract.eos_id,
-        pad_token_id=contract.pad_id,
         use_cache=True,
+        **ids,
         **shape.extra,
     )

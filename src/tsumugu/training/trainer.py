@@ -6,7 +6,6 @@ Pretraining, fine-tuning and instruction tuning are this one trainer over a toke
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import platform
@@ -37,7 +36,7 @@ from tsumugu.data.store import Store, open_store
 from tsumugu.distributed import paths, tensor
 from tsumugu.distributed.environment import Environment, on_device, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
-from tsumugu.distributed.parallelize import reshard
+from tsumugu.distributed.parallelize import is_recomputed, reshard
 from tsumugu.errors import UserError
 from tsumugu.kernels.linear import sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
@@ -159,7 +158,7 @@ class Trainer:
             self.model_config, mesh, self.device, master_dtype, compute_dtype, fill, parallel, self.adapters
         )
         attention_name = build.attention_implementation(self.model)
-        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.takes_positions = build.takes_positions(self.model)
         self.attention: str | None = None
         if config.data.documents_apart:
             self.attention = attention.keep_documents_apart(self.model, compute_dtype)
@@ -186,8 +185,9 @@ class Trainer:
         self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
         if isinstance(self.optimizer, MasterAdamW):
-            for layer in build.decoder_layers(self.model):
-                sum_in_products(layer, self.optimizer.sums)
+            for index, layer in enumerate(build.decoder_layers(self.model)):
+                if not is_recomputed(index, parallel):
+                    sum_in_products(layer, self.optimizer.sums)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)

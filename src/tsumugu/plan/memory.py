@@ -1,0 +1,487 @@
+"""The most memory of a device that a step of training takes, by parts.
+
+A step is walked through as the trainer takes it, layer by layer, forward and backward: what is there for good (weights,
+masters, sums of gradients, moments), what FSDP2 gathers and reduces, what layers keep (see `trace`), and what each of
+them needs while it is computed. The greatest sum is the peak. What FSDP2 holds when is read from torch's own code
+(`torch/distributed/fsdp/_fully_shard`), and compared with it by the tests.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from tsumugu.config import ParallelConfig, TrainingRun
+from tsumugu.distributed import mesh, paths
+from tsumugu.distributed.parallelize import is_recomputed
+from tsumugu.errors import UserError
+from tsumugu.kernels import has_triton, masters
+from tsumugu.kernels.linear import Sum, sum_in_products
+from tsumugu.model import attention, build, head, lora, nf4
+from tsumugu.model.flops import flops
+from tsumugu.plan import trace
+
+PARTS = ("weights", "masters", "gradients", "moments", "activations", "logits", "gathered", "workspace")
+MIB = 2**20
+
+# cuBLAS's own workspace, which torch allocates once for each thread that multiplies matrices (forward and backward), by
+# compute capability: ATen/cuda/CUDABlas.cpp, `getChosenWorkspaceSize`
+_CUBLAS_WORKSPACE = {9: 32 * MIB, 10: 32 * MIB}
+_OTHER_CUBLAS_WORKSPACE = 2 * 4096 * 1024 + 8 * 16 * 1024
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on certain devices, with nothing left to decide.
+
+    Attributes:
+        run: The configuration.
+        model_config: Of its model.
+        device: Of which all are.
+        processes: Of the whole run, one a device.
+        parallel: run.parallel as `paths.decide` leaves it.
+        dtype: Of the computation.
+        degrees: Of the mesh.
+    """
+
+    run: TrainingRun
+    model_config: PretrainedConfig
+    device: paths.Device
+    processes: int
+    parallel: ParallelConfig
+    dtype: torch.dtype
+    degrees: dict[str, int]
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def has_split_masters(self) -> bool:
+        """Whether weights are in 16 bits, with the rest of their masters beside them."""
+        return self.parallel.fsdp is False and self.dtype != self.master_dtype
+
+    def micro_batches(self, micro_batch: int) -> int:
+        """Of a step, on each process."""
+        return -(-self.run.train.global_batch_size // (micro_batch * self.processes))
+
+
+def set_up(run: TrainingRun, model_config: PretrainedConfig, device: paths.Device, processes: int) -> Setup:
+    """Decides what `paths` decides when the run starts.
+
+    Raises:
+        UserError: The configuration cannot run on so many processes, or on such a device.
+    """
+    for key, is_set in (("tensor_degree", run.parallel.tensor_degree > 1), ("fp8", bool(run.parallel.fp8))):
+        if is_set:
+            raise UserError(f"plan does not know parallel.{key}", "leave it out to plan without it")
+    degrees = mesh.degrees(run.parallel, processes)
+    dtype = paths.compute_dtype(run.train.dtype, device)
+    weight_bytes = build.weight_bytes(model_config, build.DTYPES[dtype], run.model.lora.quantize)
+    parallel = paths.decide(run.parallel, device, degrees["shard"], weight_bytes, processes=processes, dtype=dtype)
+    return Setup(run, model_config, device, processes, parallel, build.DTYPES[dtype], degrees)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter: its shape as it is stored, bytes of an element in the computation, and whether it is trained."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    trained: bool
+
+    def elements(self, shards: int) -> int:
+        """That a process holds of it, the padding of FSDP2's even shards included."""
+        if not self.shape:
+            return 1
+        rows, *rest = self.shape
+        size = -(-rows // shards)
+        for extent in rest:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a model keeps and needs for one micro batch of a size.
+
+    Attributes:
+        root: What lies around the layers.
+        layers: Every decoder layer.
+        root_weights: Parameters outside of the layers.
+        layer_weights: Of every layer.
+        buffers: Bytes of the model's buffers.
+        chunked: Whether head and loss go in chunks.
+        flops_of_row: Of a row in forward and backward, by the design's convention (see `model.flops`).
+    """
+
+    root: trace.Root
+    layers: list[trace.Layer]
+    root_weights: list[Weight]
+    layer_weights: list[list[Weight]]
+    buffers: int
+    chunked: bool
+    flops_of_row: int
+
+
+_traced: dict[str, Traces] = {}
+
+
+def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None = None) -> Traces:
+    """Traces the model of a run for micro batches of a size. Layers that are alike are traced once.
+
+    Args:
+        setup: The run; what makes no difference to the traces, such as the number of devices, may be another one.
+        micro_batch: Rows.
+        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again.
+    """
+    keeps = _keeps_gradients(setup, micro_batch)
+    same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
+    same |= {"prefetch": 1, "offload_activations": False, "offload_optimizer": False}
+    parallel = dataclasses.replace(setup.parallel, **same)
+    what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
+    key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
+    if key not in _traced:
+        _traced[key] = _trace_model(setup, micro_batch, keeps, like)
+    return _traced[key]
+
+
+def _keeps_gradients(setup: Setup, micro_batch: int) -> bool:
+    """Whether the gradients of weights are held by themselves after a micro batch."""
+    if setup.parallel.fsdp is not False:
+        return True
+    return not setup.has_split_masters and setup.micro_batches(micro_batch) == 1
+
+
+def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces, int] | None) -> Traces:
+    run, parallel = setup.run, setup.parallel
+    model = build.meta_model(setup.model_config, setup.dtype)
+    layers = build.decoder_layers(model)
+    if run.model.lora.rank is not None:
+        _adapt(model, layers, run, setup.dtype)
+    with trace.fake():
+        model.to_empty(device="cpu")
+        with lora.unwrapped(model):
+            model.tie_weights()
+        model.train()
+        if setup.has_split_masters:
+            sums = {p: Sum(torch.empty_like(p, dtype=torch.float32), torch.tensor(False)) for p in model.parameters()}
+            for index, layer in enumerate(layers):
+                if not is_recomputed(index, parallel):
+                    sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
+        inputs = _inputs(model, setup, micro_batch)
+        labels = torch.zeros(micro_batch, run.data.sequence_length, dtype=torch.int64)
+        chunked = parallel.chunked_loss is not False and head.is_last(model, setup.dtype)
+        root, call = trace.trace_root(
+            model, layers, inputs, labels, chunked=chunked, keeps_gradients=keeps, on_cuda=setup.on_cuda
+        )
+        known: dict[Any, trace.Layer] = {}
+        traced = []
+        for index, layer in enumerate(layers):
+            again = is_recomputed(index, parallel)
+            key = (again, *_likeness(layer))
+            graphs = like[0].layers[index].graphs if like else None
+            if key not in known and graphs and like:
+                known[key] = graphs.at(Fraction(micro_batch, like[1]))
+            elif key not in known:
+                known[key] = trace.trace_layer(
+                    layer, call, parallel, again=again, keeps_gradients=keeps, on_cuda=setup.on_cuda
+                )
+            traced.append(known[key])
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return Traces(
+        root=root,
+        layers=traced,
+        root_weights=[_weight(p) for p in model.parameters() if id(p) not in inside],
+        layer_weights=[[_weight(p) for p in layer.parameters()] for layer in layers],
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        chunked=chunked,
+        flops_of_row=flops(model, run.data.sequence_length, run.data.sequence_length**2),
+    )
+
+
+def _weight(parameter: nn.Parameter) -> Weight:
+    return Weight(tuple(parameter.shape), parameter.element_size(), parameter.requires_grad)
+
+
+def _likeness(layer: nn.Module) -> tuple:
+    """What two layers have in common that keep and need the same."""
+    return (
+        type(layer),
+        tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()),
+        *(str(getattr(module, name, None)) for name in ("attention_type", "layer_type", "sliding_window", "is_sliding")
+          for module in layer.modules()),
+    )  # fmt: skip
+
+
+def _adapt(model: PreTrainedModel, layers: Sequence[nn.Module], run: TrainingRun, dtype: torch.dtype) -> None:
+    lora.check_installed()
+    wanted = run.model.lora
+    assert wanted.rank is not None
+    lora.add_adapters(
+        model,
+        lora.Adapters(
+            rank=wanted.rank, alpha=wanted.alpha or 2 * wanted.rank, dropout=wanted.dropout,
+            targets=lora.find_targets(layers, wanted.targets), new_rows=[], base="", base_sha256="",
+            quantize=wanted.quantize,
+        ),
+        dtype,
+    )  # fmt: skip
+    if wanted.quantize:
+        nf4.replace(layers, dtype)
+
+
+def _inputs(model: PreTrainedModel, setup: Setup, micro_batch: int) -> dict[str, Any]:
+    """As the trainer makes them; where transformers would build a mask from them, that mask."""
+    data, length = setup.run.data, setup.run.data.sequence_length
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(micro_batch, length, dtype=torch.int64), "use_cache": False}
+    if build.takes_positions(model):
+        inputs["position_ids"] = torch.zeros(micro_batch, length, dtype=torch.int64)
+    if (
+        data.documents_apart
+        and setup.on_cuda
+        and not attention.no_varlen(model, setup.dtype, "cuda", setup.device.capability)
+    ):
+        model.set_attn_implementation(attention.VARLEN)
+        ends = torch.zeros(micro_batch + 1, dtype=torch.int32)
+        return inputs | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
+    if data.packing != "concatenate" or data.documents_apart:
+        inputs["attention_mask"] = torch.zeros(micro_batch, 1, length, length, dtype=torch.bool)
+    elif build.attention_implementation(model) == "sdpa":
+        model.set_attn_implementation(attention.CAUSAL)
+    return inputs
+
+
+@dataclass
+class _Walk:
+    """What is there now, by parts, and what was there at the peak."""
+
+    now: dict[str, int]
+    peak: dict[str, int] = field(default_factory=dict)
+
+    def see(self, **more: int) -> None:
+        """Something that is there for a moment, beside what is there now."""
+        both = {part: self.now.get(part, 0) + more.get(part, 0) for part in PARTS}
+        if sum(both.values()) > sum(self.peak.values()):
+            self.peak = both
+
+    def add(self, part: str, size: int) -> None:
+        self.now[part] += size
+
+
+def peak(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
+    """Bytes at the peak of a step that is not the first, by PARTS."""
+    walk = _Walk(_lasting(setup, traces, micro_batch))
+    if setup.parallel.fsdp is not False:
+        _walk_sharded(walk, setup, traces, micro_batch)
+    else:
+        _walk_whole(walk, setup, traces, micro_batch)
+    return walk.peak
+
+
+def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
+    """What is there all the time."""
+    fsdp, several = setup.parallel.fsdp is not False, setup.micro_batches(micro_batch) > 1
+    shards = setup.degrees["shard"] if fsdp else 1
+    weights = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
+    trained = sum(weight.elements(shards) for weight in weights if weight.trained)
+    frozen = sum(weight.elements(shards) * weight.itemsize for weight in weights if not weight.trained)
+    wide = setup.master_dtype.itemsize
+    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    if setup.has_split_masters:
+        half = setup.dtype.itemsize
+        parts |= {"weights": frozen + trained * half, "masters": trained * half, "gradients": trained * wide}
+    else:
+        parts |= {"weights": frozen, "masters": trained * wide, "gradients": trained * wide if several else 0}
+    parts["moments"] = 2 * trained * wide
+    if setup.parallel.offload_optimizer and setup.on_cuda:
+        parts |= dict.fromkeys(("weights", "masters", "gradients", "moments"), 0)
+    parts["workspace"] = traces.buffers + setup.model_config.get_text_config().vocab_size * 8  # bytes of every token
+    if setup.on_cuda:
+        parts["workspace"] += 2 * _CUBLAS_WORKSPACE.get(setup.device.capability[0], _OTHER_CUBLAS_WORKSPACE)
+    return parts
+
+
+def _walk_whole(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> None:
+    """A step on one device, which holds all."""
+    root, layers = traces.root, traces.layers
+    keeps = not setup.has_split_masters and setup.micro_batches(micro_batch) == 1
+    walk.add("activations", root.entered - root.hidden)
+    for layer in layers:
+        walk.see(activations=root.hidden, workspace=layer.forward - root.hidden)
+        walk.add("activations", _stays(setup, layer))
+    walk.see(activations=root.hidden, logits=root.loss - root.entered)
+    walk.see(logits=root.head_backward - root.entered + root.hidden)
+    left = root.left - root.hidden - (root.entered - root.hidden)
+    walk.add("gradients" if keeps else "logits", max(0, left))
+    for index in range(len(layers) - 1, -1, -1):
+        layer = layers[index]
+        walk.add("activations", -_stays(setup, layer))
+        walk.see(activations=layer.saved, workspace=layer.backward - layer.saved + _fetched(setup, layers, index))
+        if keeps:
+            walk.add("gradients", layer.gradients)
+    walk.see(workspace=root.embedding_backward - root.entered + root.hidden - max(0, left))
+    if keeps:
+        walk.now["gradients"] = walk.now["masters"]
+    walk.now["activations"] = walk.now["logits"] = 0
+    walk.see(workspace=_of_optimizer(setup, traces))
+
+
+def _stays(setup: Setup, layer: trace.Layer) -> int:
+    """What a layer keeps on the device."""
+    offloads = setup.parallel.offload_activations and setup.on_cuda
+    return layer.saved - (layer.offloadable if offloads else 0)
+
+
+def _fetched(setup: Setup, layers: Sequence[trace.Layer], index: int) -> int:
+    """What comes back from the host while a layer's backward pass is computed: that of the layer before."""
+    if not (setup.parallel.offload_activations and setup.on_cuda) or index == 0:
+        return 0
+    return layers[index - 1].offloadable
+
+
+def _of_optimizer(setup: Setup, traces: Traces) -> int:
+    """What AdamW needs beside what it updates: nothing, but where masters are put together by torch's operations."""
+    if not setup.has_split_masters or (setup.on_cuda and has_triton()) or setup.on_cuda:
+        return 0
+    every = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
+    elements = max((weight.elements(1) for weight in every if weight.trained), default=0)
+    with trace.fake():
+        weight, low = torch.empty(elements, dtype=torch.bfloat16), torch.empty(elements, dtype=torch.int16)
+        total, first, second = (torch.empty(elements) for _ in range(3))
+        one = torch.ones(())
+        tracker = trace.Tracker(False, False)
+        with tracker:
+            scalars = masters.Scalars(one, one, one, (0.9, 0.95))
+            masters.adamw(weight, low, total, (first, second), scalars, 1e-3, 0.1, 1e-8)
+        return tracker.peak
+
+
+def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> None:
+    """A step under FSDP2: every layer is a group of its own, embedding, norm and head are the root's."""
+    root, layers, parallel = traces.root, traces.layers, setup.parallel
+    shards, several = setup.degrees["shard"], setup.micro_batches(micro_batch) > 1
+    on_host = parallel.offload_optimizer and setup.on_cuda
+    wide, stays_gathered = setup.master_dtype.itemsize, parallel.reshard_after_forward == "never"
+
+    def gathered(weights: Sequence[Weight]) -> int:
+        return sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
+
+    def reduced(weights: Sequence[Weight]) -> int:
+        return sum(weight.elements(shards) * shards * wide for weight in weights if weight.trained)
+
+    whole = [gathered(weights) for weights in traces.layer_weights]
+    # with more than one shard weights travel through a buffer of their size, which goes once the next ones are there
+    buffer = [size if shards > 1 else 0 for size in whole]
+    reduce = [reduced(weights) for weights in traces.layer_weights]
+    root_whole, root_reduce = gathered(traces.root_weights), reduced(traces.root_weights)
+    ahead = parallel.prefetch if parallel.prefetch > 1 else 0
+
+    walk.see(gathered=root_whole + (root_whole + root_whole // shards if shards > 1 else 0))
+    walk.add("gathered", root_whole)
+    walk.add("activations", root.entered - root.hidden)
+    before = root_whole if shards > 1 else 0
+    for index, layer in enumerate(layers):
+        walk.see(activations=root.hidden, gathered=before + buffer[index] + buffer[index] // shards)
+        coming = sum(buffer[index + 1 : index + 1 + ahead])
+        walk.see(
+            activations=root.hidden,
+            gathered=whole[index] + buffer[index] + coming,
+            workspace=layer.forward - root.hidden,
+        )
+        walk.add("activations", _stays(setup, layer))
+        if stays_gathered:
+            walk.add("gathered", whole[index])
+        before = buffer[index]
+    walk.see(activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0)
+    prefetched = 0 if stays_gathered else buffer[-1]
+    walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=prefetched)
+    left = max(0, root.left - root.entered)
+    walk.add("gathered", left)  # the gradients of the head
+    reducing = 0
+    for index in range(len(layers) - 1, -1, -1):
+        layer = layers[index]
+        walk.add("activations", -_stays(setup, layer))
+        if stays_gathered:
+            walk.add("gathered", -whole[index])
+        coming = 0 if stays_gathered else sum(buffer[max(0, index - max(1, ahead)) : index])
+        walk.see(
+            activations=layer.saved,
+            gathered=whole[index] + coming + reducing,
+            workspace=layer.backward - layer.saved + _fetched(setup, layers, index),
+        )
+        walk.see(workspace=root.hidden, gathered=layer.gradients + coming + reduce[index])
+        walk.see(workspace=root.hidden, gathered=coming + reduce[index] + reduce[index] // shards)
+        if not several and not on_host:
+            walk.add("gradients", reduce[index] // shards)
+        reducing = reduce[index]
+    walk.see(workspace=root.embedding_backward - root.entered + root.hidden - left, gathered=reducing)
+    walk.now["gathered"] = 0
+    walk.see(gathered=root.gradients + root_reduce)
+    walk.see(gathered=root_reduce + root_reduce // shards)
+    if not several and not on_host:
+        walk.add("gradients", root_reduce // shards)
+    walk.now["activations"] = 0
+    walk.see()
+
+
+def margin(setup: Setup, parts: dict[str, int]) -> int:
+    """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
+    and NCCL take beside it (see data/margins.json for where the shares were measured)."""
+    if not setup.on_cuda:
+        return 0
+    shares = _margins()
+    comes_and_goes = parts["activations"] + parts["logits"] + parts["gathered"] + parts["workspace"]
+    beside = shares["cuda_mib"] + (shares["nccl_mib"] if setup.processes > 1 else 0)
+    return round(comes_and_goes * shares["fragments"]) + beside * MIB
+
+
+@functools.cache
+def _margins() -> dict[str, Any]:
+    return json.loads(resources.files("tsumugu.plan").joinpath("data/margins.json").read_text(encoding="utf-8"))
+
+
+def with_micro_batch(setup: Setup, micro_batch: int) -> Setup:
+    """The same run with another micro batch."""
+    train = dataclasses.replace(setup.run.train, micro_batch_size=micro_batch)
+    return dataclasses.replace(setup, run=dataclasses.replace(setup.run, train=train))
+
+
+def with_shard_degree(setup: Setup, degree: int) -> Setup:
+    """The same run with its parameters over so many devices."""
+    degrees = {"replicate": setup.processes // degree, "shard": degree}
+    return dataclasses.replace(setup, degrees=degrees)
+
+
+def with_parallel(setup: Setup, **changes: Any) -> Setup:
+    """The same run with another section `parallel`."""
+    parallel = dataclasses.replace(setup.run.parallel, **changes)
+    run = dataclasses.replace(setup.run, parallel=parallel)
+    return set_up(run, setup.model_config, setup.device, setup.processes)
+
+
+def between(first: Traces, at: int, second: Traces, other: int, to: int) -> Traces:
+    """What lies on the line through the traces of two micro batches."""
+
+    def both(one: Any, two: Any) -> Any:
+        values = {
+            name: value + (getattr(two, name) - value) * (to - at) // (other - at)
+            for name, value in vars(one).items()
+            if isinstance(value, int)
+        }
+        return dataclasses.replace(one, **values)
+
+    layers = [both(one, two) for one, two in zip(first.layers, second.layers, strict=True)]
+    return dataclasses.replace(first, root=both(first.root, second.root), layers=layers)

@@ -1,0 +1,170 @@
+"""Predicted memory, against the bytes of all tensors that a process has while it trains."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import tiny_config
+from support.ranks import run_ranks
+from support.runs import run_config
+from support.stores import random_documents, write_store
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tsumugu.distributed.environment import process_group
+from tsumugu.distributed.paths import Device
+from tsumugu.errors import UserError
+from tsumugu.model.build import read_config
+from tsumugu.model.presets import sized_config
+from tsumugu.plan import instances, memory
+from tsumugu.training.signals import StopRequest
+from tsumugu.training.trainer import Trainer
+
+CPU = Device(type="cpu", name="CPU")
+LENGTH = 64
+
+
+class AllTensors(TorchDispatchMode):
+    """The bytes of all storages that there are, looked up after every operator: also those that are resized.
+
+    Args:
+        others: Storages that are not counted.
+    """
+
+    def __init__(self, others: set[int]):
+        super().__init__()
+        self.storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+        self.others, self.peak = others, 0
+        for tensor in all_tensors():
+            self.note(tensor)
+
+    def note(self, tensor: torch.Tensor) -> None:
+        tensor = local(tensor)
+        storage = tensor.untyped_storage()
+        if tensor.device.type == "cpu" and storage._cdata not in self.others:
+            self.storages[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves((args, result)):
+            if isinstance(value, torch.Tensor):
+                self.note(value)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages.values()))
+        return result
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def all_tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [local(thing) for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plan")
+    write_store(folder / "text", random_documents(900, seed=1, shortest=40, longest=90))
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128}
+    tiny_config("gpt_neox", tied=False, **sizes).save_pretrained(folder / "gpt_neox")
+    tiny_config("llama", tied=True, **sizes).save_pretrained(folder / "llama")
+    tiny_config("qwen3", tied=False, **sizes).save_pretrained(folder / "qwen3")
+    tiny_config("gpt2", tied=True, n_embd=64, n_layer=4).save_pretrained(folder / "gpt2")
+    return folder
+
+
+def run(made: Path, model: str, changes: dict, processes: int, micro_batches: int):
+    rows = 4
+    common = {"model.config": str(made / model), "data.sequence_length": LENGTH, "train.max_steps": 9}
+    common |= {"train.micro_batch_size": rows, "train.global_batch_size": rows * processes * micro_batches}
+    return run_config(made / "text", common | changes)
+
+
+def measured(made: Path, model: str, changes: dict, processes: int, micro_batches: int) -> int:
+    """The peak of the second step of this process."""
+    others = all_tensors()  # of tests before this one; held, so that nothing takes their place
+    with process_group() as environment:
+        trainer = Trainer(run(made, model, changes, processes, micro_batches), made / "run", environment)
+        for step in range(2):
+            tracker = AllTensors({tensor.untyped_storage()._cdata for tensor in others})
+            with tracker:
+                launched = trainer.train_step(StopRequest())
+                assert launched is not None
+                launched.figures()
+            trainer.step = step + 1
+    return tracker.peak
+
+
+def predicted(made: Path, model: str, changes: dict, processes: int, micro_batches: int) -> int:
+    config = run(made, model, changes, processes, micro_batches)
+    setup = memory.set_up(config, read_config(str(made / model)), CPU, processes)
+    parts = memory.peak(setup, memory.trace_model(setup, 4), 4)
+    return sum(parts.values())
+
+
+ONE = [
+    ("gpt_neox", {}, 1),
+    ("gpt_neox", {}, 2),
+    ("gpt_neox", {"train.dtype": "bfloat16"}, 2),
+    ("llama", {"parallel.activation_checkpointing": "full"}, 2),
+    ("llama", {"parallel.activation_checkpointing": "selective"}, 1),
+    ("qwen3", {"parallel.chunked_loss": False}, 2),
+    ("gpt2", {"parallel.activation_checkpointing": "full", "parallel.checkpoint_every_nth_layer": 2}, 2),
+]
+SHARDED = [
+    ("gpt_neox", {}, 2, 1),
+    ("qwen3", {"parallel.reshard_after_forward": "never", "train.dtype": "bfloat16"}, 2, 2),
+    (
+        "llama",
+        {"parallel.shard_degree": 2, "parallel.replicate_degree": 2, "parallel.activation_checkpointing": "full"},
+        4,
+        1,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "changes", "micro_batches"), ONE)
+def test_one_process(made: Path, model: str, changes: dict, micro_batches: int):
+    found = measured(made, model, changes, 1, micro_batches)
+    assert predicted(made, model, changes, 1, micro_batches) == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.parametrize(("model", "changes", "processes", "micro_batches"), SHARDED)
+def test_sharded_processes(made: Path, model: str, changes: dict, processes: int, micro_batches: int):
+    found = max(run_ranks(measured, processes, made, model, changes, processes, micro_batches))
+    assert predicted(made, model, changes, processes, micro_batches) == pytest.approx(found, rel=0.05)
+
+
+def test_what_plan_does_not_know_is_refused(made: Path):
+    config = run(made, "llama", {"parallel.tensor_degree": 2}, 2, 1)
+    with pytest.raises(UserError, match="plan does not know parallel"):
+        memory.set_up(config, read_config(str(made / "llama")), CPU, 2)
+
+
+def test_the_figures_that_were_measured_on_an_h100():
+    """benchmarks/RESULTS.md, 2026-11-24: GiB at the peak of 3.6b with 3 rows, and with 2 and whole logits."""
+    h100 = instances.gpu("H100").device()
+    for rows, changes, found in ((3, {}, 75.5), (2, {"parallel.chunked_loss": False}, 69.3)):
+        common = {"model.preset": "3.6b", "data.sequence_length": 2048, "train.max_steps": 1}
+        common |= {"train.micro_batch_size": rows, "train.global_batch_size": 4 * rows}
+        setup = memory.set_up(run_config(Path("x"), common | changes), sized_config("3.6b", 32000), h100, 1)
+        parts = memory.peak(setup, memory.trace_model(setup, rows), rows)
+        assert sum(parts.values()) / 2**30 == pytest.approx(found, abs=0.1)
+
+
+def test_other_micro_batches_follow_from_a_trace():
+    """The graphs of 2 rows say of 6 what those of 6 rows do."""
+    h100 = instances.gpu("H100").device()
+    changes = {"model.preset": "1b", "data.sequence_length": 512, "train.max_steps": 1}
+    changes |= {"train.micro_batch_size": 2, "train.global_batch_size": 24}
+    setup = memory.set_up(run_config(Path("x"), changes), sized_config("1b", 52096), h100, 1)
+    two = memory.trace_model(setup, 2)
+    other = memory.with_micro_batch(setup, 6)
+    from_two = memory._trace_model(other, 6, False, (two, 2))
+    anew = memory._trace_model(other, 6, False, None)
+    for name in ("forward", "saved", "backward", "output"):
+        assert getattr(from_two.layers[0], name) == pytest.approx(getattr(anew.layers[0], name), rel=1e-3)
