@@ -23,19 +23,10 @@ ORDER = (
 )
 SHORT = ["--train.max_epochs=null", "--train.max_steps=3", "--train.log_every=1", "--schedule.warmup_steps=0"]
 SHORT += ["--evaluate.batches=1", "--train.global_batch_size=2"]
-PLAN_MISSING = "there is no `tsumugu plan` in this tree: the cells that estimate are left out"
 
 
 def read(name: str) -> list[dict]:
     return json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-
-
-def has_plan() -> bool:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            return main(["plan", "--help"]) == 0
-        except SystemExit as ended:
-            return ended.code == 0
 
 
 def execute(name: str, settings: dict) -> Iterator[object]:
@@ -48,7 +39,7 @@ def execute(name: str, settings: dict) -> Iterator[object]:
     variables: dict = {"__name__": "__main__"}
     for cell in read(name):
         tags = cell["metadata"].get("tags", [])
-        if cell["cell_type"] != "code" or ("plan" in tags and not has_plan()):
+        if cell["cell_type"] != "code":
             continue
         body = ast.parse("".join(cell["source"]), filename=f"{name}.ipynb {cell['id']}")
         last = body.body.pop() if body.body and isinstance(body.body[-1], ast.Expr) else None
@@ -73,7 +64,12 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         command = ["train", *arguments[2:]] if arguments[:2] == ("launch", "local") else list(arguments)
         return main(command), ""
 
+    def captured(arguments) -> tuple[int, str, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            return main(list(arguments)), output.getvalue(), ""
+
     monkeypatch.setattr(notebooks, "_start", start)
+    monkeypatch.setattr(notebooks, "_captured", captured)
     return ran
 
 
@@ -98,18 +94,14 @@ def test_all_six_run_one_after_another(here, tmp_path, capsys):
         "model-en",
     }
     output = capsys.readouterr().out
+    assert output.count("ml.p4d.24xlarge × 1: メモリに収まります") == 4
+    assert output.count("費用: ") == 4
     for name in ORDER[:3]:  # once more: what is done stays
         list(execute(name, {"WORK": str(tmp_path), "FLAGS": [] if name == "data-preprocess" else SHORT}))
     again = capsys.readouterr().out
     assert again.count("already done") >= 7  # stores, trainings and exports
     assert "gpt_neox torch.bfloat16" in output  # what stock transformers made of it, before it generated
     assert "糸紡ぎとは、" in output
-
-
-@pytest.mark.skipif(not has_plan(), reason=PLAN_MISSING)
-def test_the_estimates_are_among_what_runs():
-    for name in ORDER[1:5]:
-        assert any("plan" in cell["metadata"].get("tags", []) for cell in read(name))
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -232,13 +224,13 @@ def test_an_estimate_says_what_is_not_known(changes, expected):
 def test_an_estimate_asks_plan_as_it_is_documented(monkeypatch, capsys):
     asked = []
 
-    def answer(command, **_):
-        asked.extend(command)
-        return type("Done", (), {"returncode": 1, "stdout": json.dumps(PLAN | {"fits": False}), "stderr": ""})
+    def answer(arguments) -> tuple[int, str, str]:
+        asked.extend(arguments)
+        return 1, json.dumps(PLAN | {"fits": False}), ""
 
-    monkeypatch.setattr(notebooks.subprocess, "run", answer)
+    monkeypatch.setattr(notebooks, "_captured", answer)
     notebooks.estimate("r.yaml", {"data.store": "s"}, "ml.p4d.24xlarge", 2, ["--train.max_steps=3"])
-    assert asked[3:] == [
+    assert asked == [
         *("plan", "--config=r.yaml", "--instance-type=ml.p4d.24xlarge", "--instance-count=2"),
         *("--data.store=s", "--train.max_steps=3", "--json"),
     ]

@@ -165,11 +165,16 @@ def estimate(
     cluster = [f"--instance-type={instance_type}", f"--instance-count={instance_count}"]
     command = ["plan", f"--config={recipe}", *cluster, *given, *flags, "--json"]
     print("$ tsumugu", shlex.join(command), flush=True)
-    done = subprocess.run([sys.executable, "-m", "tsumugu", *command], capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):  # 1: it does not fit
-        raise RuntimeError(done.stderr.strip())
-    for line in describe_plan(json.loads(done.stdout), f"{instance_type} × {instance_count}"):
+    code, output, errors = _captured(command)
+    if code not in (0, 1):  # 1: it does not fit
+        raise RuntimeError(errors.strip())
+    for line in describe_plan(json.loads(output), f"{instance_type} × {instance_count}"):
         print(line)
+
+
+def _captured(arguments: Sequence[str]) -> tuple[int, str, str]:
+    done = subprocess.run([sys.executable, "-m", "tsumugu", *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def describe_plan(plan: Mapping[str, Any], cluster: str) -> list[str]:
@@ -183,7 +188,8 @@ def describe_plan(plan: Mapping[str, Any], cluster: str) -> list[str]:
         lines.append("費用: 不明 (価格か学習時間が分かりません。tsumugu plan --help に価格の渡し方があります)")
     else:
         price = f"1 時間 {cost['price_per_hour']:,.2f} {cost['currency']}、{cost['price_date']} 時点"
-        lines.append(f"費用: 約 {cost['amount']:,.2f} {cost['currency']} ({price})")
+        amount = f"約 {cost['amount']:,.2f}" if cost["amount"] >= 0.01 else "0.01 未満"
+        lines.append(f"費用: {amount} {cost['currency']} ({price})")
     return lines
 
 
