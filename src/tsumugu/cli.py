@@ -17,6 +17,7 @@ from pathlib import Path
 from tsumugu import __version__
 from tsumugu.distributed.slurm import adopt_step
 from tsumugu.errors import UserError
+from tsumugu.launch.sagemaker import command as sagemaker_command
 
 # What the user can mend; other errors of the system are shown whole.
 _FAULTS_OF_PATHS_AND_DISKS = (
@@ -25,6 +26,7 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_CHANNEL = "what channel:NAME stands for in a configuration; may be given several times"
 _PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
 
 
@@ -162,6 +164,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="show what would be done to N documents of each source",
     )
+    prepare.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
@@ -194,6 +197,8 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="start again from the newest checkpoint after a process has died, so often (default: 0)",
     )
     local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
+    sagemaker = command(targets, "sagemaker", _launch_sagemaker, "a training or processing job on Amazon SageMaker")
+    sagemaker_command.add_arguments(sagemaker)
 
     slurm = command(targets, "slurm", _launch_slurm, "a Slurm job of one task a GPU; or the jobs of a preparation")
     _add_train_arguments(slurm)
@@ -273,7 +278,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     _add_plan_arguments(plan)
 
     options, flags = parser.parse_known_args(arguments)
-    if flags and options.run not in (_prepare, _train, _launch_local, _launch_slurm, _plan):
+    if flags and options.run not in (_prepare, _train, _launch_local, _launch_slurm, _launch_sagemaker, _plan):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
     return options, flags
 
@@ -281,6 +286,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
+    parser.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
@@ -357,6 +363,16 @@ def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+class _Channel(argparse.Action):
+    """Leaves a channel where this process, and those that it starts, look for them."""
+
+    def __call__(self, _parser, _namespace, text, *_):
+        from tsumugu import config
+
+        name, path = config.split_channel(text)
+        config.write_channels(config.read_channels() | {name: path})
 
 
 class _Keys(argparse.Action):
@@ -590,6 +606,10 @@ def _launch_slurm(options: argparse.Namespace, flags: list[str]) -> int:
         end="\n" if submit else "",
     )
     return 0
+
+
+def _launch_sagemaker(options: argparse.Namespace, flags: list[str]) -> int:
+    return sagemaker_command.run(options, flags)
 
 
 def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:

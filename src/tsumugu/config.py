@@ -9,10 +9,12 @@ import difflib
 import functools
 import itertools
 import math
+import os
 import re
+import shlex
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,9 @@ from typing import Any, Literal
 import yaml
 
 from tsumugu.errors import UserError, redact
+
+CHANNELS = "TSUMUGU_CHANNELS"  # where launchers leave channels for `load`: NAME=PATH, with blanks between them
+_CHANNEL = re.compile(r"channel:(?P<name>[A-Za-z0-9._-]+)(?P<rest>(?:/.*)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -766,17 +771,77 @@ class TrainingRun:
             raise UserError("schedule.min_learning_rate is above optimizer.learning_rate", "lower it")
 
 
-def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+def load(
+    config_class: type, files: Sequence[str], flags: Sequence[str] = (), channels: Mapping[str, str] | None = None
+) -> Any:
     """The configuration of class `config_class` from YAML files, later ones and then flags winning.
 
     Args:
-        config_class: `Preparation` or `TrainingRun`.
+        config_class: `Preparation`, `TrainingRun`, or another class whose fields are such sections.
         files: YAML files; a list in a later file replaces the earlier list whole.
         flags: `--section.key value` strings.
+        channels: What `channel:NAME` stands for at the beginning of a value, by name; default: what the environment
+            variable CHANNELS says.
 
     Raises:
-        UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value.
+        UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value, a channel that is
+            not there.
     """
+    loaded = load_unresolved(config_class, files, flags)
+    return resolve_channels(loaded, read_channels() if channels is None else channels)
+
+
+def read_channels() -> dict[str, str]:
+    """Channels by name, of the environment variable CHANNELS."""
+    return dict(split_channel(text) for text in shlex.split(os.environ.get(CHANNELS, "")))
+
+
+def write_channels(channels: Mapping[str, str]) -> None:
+    """Leaves channels for `load` in this process and in those that it starts."""
+    os.environ[CHANNELS] = shlex.join(f"{name}={path}" for name, path in channels.items())
+
+
+def split_channel(text: str) -> tuple[str, str]:
+    """NAME=PATH as a pair.
+
+    Raises:
+        UserError: It is none, or the name has other signs than a channel's.
+    """
+    name, _, path = text.partition("=")
+    if not path or not _CHANNEL.fullmatch(f"channel:{name}"):
+        raise UserError(f"channel {text}: is not NAME=PATH", "give names letters, digits, and the signs . _ -")
+    return name, path.rstrip("/") or "/"
+
+
+def resolve_channels(content: Any, channels: Mapping[str, str], key: str = "") -> Any:
+    """A copy of a configuration with the paths that `channel:NAME/…` stands for, at any depth.
+
+    Raises:
+        UserError: A channel that is not among them.
+    """
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
+        values = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+        prefix = f"{key}." if key else ""
+        resolved = {name: resolve_channels(value, channels, prefix + name) for name, value in values.items()}
+        return content if resolved == values else dataclasses.replace(content, **resolved)
+    if isinstance(content, dict):
+        return {name: resolve_channels(value, channels, f"{key}.{name}") for name, value in content.items()}
+    if isinstance(content, list):
+        return [resolve_channels(value, channels, f"{key}[{index}]") for index, value in enumerate(content)]
+    if not isinstance(content, str) or not content.startswith("channel:"):
+        return content
+    match = _CHANNEL.fullmatch(content)
+    if not match or match["name"] not in channels:
+        known = f"; there is: {', '.join(channels)}" if channels else ""
+        raise UserError(
+            f"{key} is {content}, and no channel has that name{known}",
+            f"give it: --channel {match['name'] if match else 'NAME'}=PATH",
+        )
+    return channels[match["name"]] + match["rest"]
+
+
+def load_unresolved(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+    """As `load`, but `channel:NAME/…` stays as it is written."""
     contents = {file: _read_yaml(file) for file in files}
     for file, content in contents.items():
         _check(content, config_class, file)

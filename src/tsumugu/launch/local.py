@@ -13,8 +13,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tsumugu.errors import UserError
-from tsumugu.training.checkpoint import complete_steps
-from tsumugu.training.trainer import SAVED
 
 
 def _cores() -> int:
@@ -52,11 +50,7 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
     if not 1 <= count <= most_processes():
         devices = "GPUs" if torch.cuda.is_available() else "cores"
         raise UserError(f"--processes {count}: this machine has {most_processes()} {devices}", "use one each at most")
-    # torchrun's own default is one thread a process, whatever the machine
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
-    # and it kills children 30 s after it asked them to stop, whether or not their checkpoint is written
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the children say what is wrong
+    prepare_environment(count, shutdown_seconds=300)
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -70,7 +64,8 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
     code = 0
     try:
         for restart in range(max_restarts + 1):
-            code, rank = _run(dataclasses.replace(launch_config, logs_specs=_logs(run_dir, count)), run_dir, arguments)
+            logged = dataclasses.replace(launch_config, logs_specs=_logs(run_dir, count))
+            code, rank = run_workers(logged, "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
             if code in (0, *_NOT_RETRIED) or restart == max_restarts:
                 break
             ended = f"signal {code - 128}" if code > 128 else f"exit code {code}"
@@ -81,6 +76,8 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
                 flush=True,
             )
     except SignalException as error:  # the children were given time to save, and said how far they came
+        from tsumugu.training.trainer import SAVED  # imported late: transformers takes seconds
+
         return 3 if (run_dir / SAVED).exists() else 128 + error.sigval
     return code
 
@@ -91,10 +88,28 @@ def _logs(run_dir: Path, processes: int) -> DefaultLogsSpecs:
     return DefaultLogsSpecs(log_dir=str(run_dir / "logs"), tee=tee)
 
 
-def _run(launch_config: LaunchConfig, run_dir: Path, arguments: list[str]) -> tuple[int, int]:
-    """Exit code of one start of all processes, 128 + N for a signal N, and the rank that had it first."""
+def prepare_environment(processes: int, shutdown_seconds: int) -> None:
+    """What torchrun would do otherwise than is good for `processes` processes on this machine.
+
+    Args:
+        processes: On this machine.
+        shutdown_seconds: How long they have to end after they were asked to; torchrun's own limit is 30.
+    """
+    # torchrun's own default is one thread a process, whatever the machine
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    # and it kills children so soon after it asked them to stop, whether or not their checkpoint is written
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(shutdown_seconds))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the children say what is wrong
+
+
+def run_workers(launch_config: LaunchConfig, module: str, *arguments: str) -> tuple[int, int]:
+    """Runs `python -m MODULE ARGUMENTS` in all processes of a launch.
+
+    Returns:
+        Exit code, 128 + N for a signal N, and the rank that had it first.
+    """
     try:
-        elastic_launch(launch_config, sys.executable)("-m", "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
+        elastic_launch(launch_config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as error:
         # a process that ends takes others with it, which then end with codes of their own
         rank, first = min(
@@ -105,5 +120,7 @@ def _run(launch_config: LaunchConfig, run_dir: Path, arguments: list[str]) -> tu
 
 
 def _newest(run_dir: Path) -> str:
+    from tsumugu.training.checkpoint import complete_steps
+
     steps = complete_steps(run_dir)
     return f"step {steps[-1]}" if steps else "the start"

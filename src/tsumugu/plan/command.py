@@ -103,7 +103,7 @@ def show(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) 
     else:
         _show_side_by_side(found, console)
     if run.model.lora.rank is not None:
-        console.print("with model.lora more memory is taken than that: 7 % in one measured run, 64 % in one with NF4")
+        console.print("the memory of runs with model.lora has not been measured on a GPU")
     for plan in found:
         _show_notes(plan, console, named=len(found) > 1)
     console.print("what serves an export of this model (docs/interoperability.md):")
