@@ -667,6 +667,49 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmSiteConfig:
+    """A Slurm cluster, as whoever runs it describes it once for all who train there."""
+
+    partition: str | None = None
+    """Partition; default: the cluster's own."""
+    account: str | None = None
+    """Account that is charged."""
+    time: str | None = None
+    """Time limit as sbatch takes it, such as 24:00:00; default: the partition's."""
+    processes_per_node: int | None = None
+    """Processes on every node of a training: one a GPU."""
+    exclusive: bool = True
+    """Training has its nodes to itself."""
+    options: dict[str, str] = field(default_factory=dict)
+    """More sbatch options by their long names, such as gres: gpu:8 or qos: high."""
+    setup: str | None = None
+    """Shell lines that make `tsumugu` available on a node; default: the environment of the one who submits."""
+    container: str | None = None
+    """Image that training runs in; it must hold tsumugu."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """pyxis: `srun --container-image`. apptainer: `apptainer exec --nv`."""
+    container_mounts: list[str] = field(default_factory=list)
+    """What the container sees of the node, as the runtime takes it, such as /fsx:/fsx."""
+    seconds_to_save: int = 300
+    """So long before the time limit training is asked to save and stop; Slurm may ask up to a minute earlier."""
+    auto_resume: bool = False
+    """SageMaker HyperPod: `srun --auto-resume=1`, which replaces a node that fails and starts the step again."""
+
+    def __post_init__(self):
+        _require_positive("slurm.processes_per_node", self.processes_per_node)
+        _require_positive("slurm.seconds_to_save", self.seconds_to_save)
+        if self.container_mounts and self.container is None:
+            raise UserError("slurm.container_mounts is set without slurm.container", "name the image too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSite:
+    """The file of `tsumugu launch slurm --site`."""
+
+    slurm: SlurmSiteConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Configuration of `tsumugu prepare`."""
 

@@ -1,13 +1,14 @@
 """`launch local`: torchrun in this process, training in one child process a device."""
 
+import dataclasses
 import logging
 import os
 import sys
-import uuid
+from datetime import datetime
 from pathlib import Path
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -30,6 +31,9 @@ _NOT_RETRIED = (2, 3)  # the input is wrong: it stays so; interrupted: as asked
 def launch(arguments: list[str], run_dir: Path, processes: int | None = None, max_restarts: int = 0) -> int:
     """Runs `tsumugu train ARGUMENTS` in several processes that find each other on this machine.
 
+    Rank 0 has the console to itself. What the others say comes there too, with their rank before it, and into
+    RUN/logs/START/attempt_0/RANK/std{out,err}.log, which are torchrun's names.
+
     Args:
         arguments: Of `tsumugu train`, but for --run-dir.
         run_dir: The run folder.
@@ -51,15 +55,17 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
+        run_id=datetime.now().strftime("%Y-%m-%d-%H-%M-%S"),
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        log_line_prefix_template="[rank ${rank}] ",
     )
     code = 0
     try:
         for restart in range(max_restarts + 1):
-            code, rank = run_workers(launch_config, "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
+            logged = dataclasses.replace(launch_config, logs_specs=_logs(run_dir, count))
+            code, rank = run_workers(logged, "tsumugu", "train", f"--run-dir={run_dir}", *arguments)
             if code in (0, *_NOT_RETRIED) or restart == max_restarts:
                 break
             ended = f"signal {code - 128}" if code > 128 else f"exit code {code}"
@@ -74,6 +80,12 @@ def launch(arguments: list[str], run_dir: Path, processes: int | None = None, ma
 
         return 3 if (run_dir / SAVED).exists() else 128 + error.sigval
     return code
+
+
+def _logs(run_dir: Path, processes: int) -> DefaultLogsSpecs:
+    """Where a start's output goes; each start has its own, since torchrun would remove the last one's files."""
+    tee = {rank: Std.ALL if rank else Std.NONE for rank in range(processes)}
+    return DefaultLogsSpecs(log_dir=str(run_dir / "logs"), tee=tee)
 
 
 def prepare_environment(processes: int, shutdown_seconds: int) -> None:
