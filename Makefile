@@ -5,7 +5,7 @@ VENV := .venv
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: quickstart test equivalence test-oldest faults lint format clean
+.PHONY: quickstart test equivalence test-oldest faults slurm lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/tsumugu quickstart
@@ -26,6 +26,10 @@ test-oldest: .venv-oldest/installed
 # a hundred runs that are killed, stopped and damaged; every one must end as the undisturbed run
 faults: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py --runs 100
+
+# real jobs on a cluster of one node that the tests start themselves (Debian: apt-get install slurm-wlm)
+slurm: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/test_launch_slurm.py tests/distributed/test_slurm.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """The command line: what a user gets wrong is one line that says what, where and how to mend it, and exit code 2."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from tsumugu import config
 from tsumugu.cli import main
 
 TEXTS = [f"{n}番目の文書です。今日は{n}回、糸を紡いで布を織りました。空は青く、風は静かでした。" for n in range(40)]
@@ -500,3 +503,22 @@ def test_a_byte_level_tokenizer_from_the_command_line(made, tmp_path, capsys):
     assert main([*map(str, arguments), "--vocab-size", "360", "--reserved", "4"]) == 0
     assert "360 ids" in capsys.readouterr().out
     assert AutoTokenizer.from_pretrained(tmp_path / "bpe").eos_token == "<|endoftext|>"
+
+
+def test_a_task_of_slurm_that_is_asked_to_stop_before_it_trains_says_that_it_can_go_on(tmp_path, monkeypatch):
+    """SIGTERM while it imports or reads, whose default would look like a crash to the job's script."""
+
+    def leave(code: int):
+        raise SystemExit(code)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(config, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(["train", "--config", "any.yaml", "--run-dir", str(tmp_path / "run")])
+        assert ended.value.code == 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "run").exists()

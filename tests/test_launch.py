@@ -33,10 +33,11 @@ def recipe(tmp_path) -> Path:
     return tmp_path / "recipe.yaml"
 
 
-def start(recipe: Path, *flags: str) -> subprocess.Popen:
+def start(recipe: Path, *flags: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     command = [sys.executable, "-m", "tsumugu", "launch", "local", "--config", str(recipe), "--processes", "2"]
     command += ["--run-dir", str(recipe.parent / "run"), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    variables = os.environ | (environment or {})
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
 
 
 def steps_done(run_dir: Path) -> int:
@@ -57,6 +58,26 @@ def test_asked_to_stop_it_saves_exits_with_3_and_goes_on(recipe, number):
     assert "Traceback" not in output
     [step] = complete_steps(run_dir)
     assert step == steps_done(run_dir)
+
+
+def test_what_a_rank_says_is_shown_and_kept(recipe):
+    """A failure of one rank alone, which is neither lost nor mixed with what others say."""
+    (recipe.parent / "faulty").mkdir()
+    (recipe.parent / "faulty" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    print('said by one rank'); print('warned by one rank', file=sys.stderr)\n"
+    )
+    path = f"{recipe.parent / 'faulty'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    process = start(recipe, "--train.max_steps", "2", environment={"PYTHONPATH": path})
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "[rank 1] said by one rank\n" in output
+    assert "[rank 1] warned by one rank\n" in output
+    assert "[rank 0]" not in output
+    [logs] = (recipe.parent / "run" / "logs").glob("*/attempt_0/1")
+    assert (logs / "stdout.log").read_text() == "said by one rank\n"
+    assert "warned by one rank\n" in (logs / "stderr.log").read_text()
 
 
 def test_stopped_before_there_is_a_checkpoint_it_does_not_say_3(recipe):

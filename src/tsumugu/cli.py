@@ -8,13 +8,16 @@ import contextlib
 import errno
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tsumugu import __version__
+from tsumugu.distributed.slurm import adopt_step
 from tsumugu.errors import UserError
+from tsumugu.launch.sagemaker import command as sagemaker_command
 
 # What the user can mend; other errors of the system are shown whole.
 _FAULTS_OF_PATHS_AND_DISKS = (
@@ -23,13 +26,15 @@ _FAULTS_OF_PATHS_AND_DISKS = (
 )
 
 
+_CHANNEL = "what channel:NAME stands for in a configuration; may be given several times"
 _PROOF = "compare N steps with N steps that are killed in the middle, in a scratch folder; exit 1 if they differ"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; under torchrun it does not return."""
+    """Runs one command and returns its exit code; as one of several processes it does not return."""
+    adopt_step()
     code = _run(arguments)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if "RANK" in os.environ:
         # Python's own end would abort the process where a thread of gloo's still lets go of a tensor: exit code 134
         # of a run that is done. Everything is closed by now.
         sys.stdout.flush()
@@ -159,6 +164,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="N",
         help="show what would be done to N documents of each source",
     )
+    prepare.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     prepare.add_argument("--keys", action=_Keys, config_class="Preparation", help="list every configuration key")
 
     audit = command(commands, "audit", _audit, "what a token store would teach; exit 1 where that is wrong")
@@ -191,6 +197,17 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="start again from the newest checkpoint after a process has died, so often (default: 0)",
     )
     local.add_argument("--prove-resume", type=_whole(1), metavar="N", help=_PROOF)
+    sagemaker = command(targets, "sagemaker", _launch_sagemaker, "a training or processing job on Amazon SageMaker")
+    sagemaker_command.add_arguments(sagemaker)
+
+    slurm = command(targets, "slurm", _launch_slurm, "a Slurm job of one task a GPU; or the jobs of a preparation")
+    _add_train_arguments(slurm)
+    slurm.add_argument("--stage", choices=["train", "prepare"], default="train", help="default: train")
+    slurm.add_argument("--nodes", type=_whole(1), metavar="N")
+    slurm.add_argument("--processes-per-node", type=_whole(1), metavar="N", help="default: the site's; one a GPU")
+    slurm.add_argument("--site", metavar="FILE", help="the cluster: partition, account, set-up lines, container, ...")
+    slurm.add_argument("--time", metavar="TIME", help="time limit as sbatch takes it (default: the site's)")
+    slurm.add_argument("--dry-run", action="store_true", help="print the job script; nothing is written or submitted")
 
     export = command(commands, "export", _export, "run → Hugging Face folder")
     export.add_argument("source", nargs="?", metavar="RUN", help="a run folder, or RUN@STEP")
@@ -261,7 +278,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     _add_plan_arguments(plan)
 
     options, flags = parser.parse_known_args(arguments)
-    if flags and options.run not in (_prepare, _train, _launch_local, _plan):
+    if flags and options.run not in (_prepare, _train, _launch_local, _launch_slurm, _launch_sagemaker, _plan):
         raise UserError(f"unknown argument {flags[0]}", f"see `tsumugu {options.command} --help`")
     return options, flags
 
@@ -269,6 +286,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="may be given several times")
     parser.add_argument("--run-dir", metavar="DIR", help="default: runs/ and the name of the last FILE")
+    parser.add_argument("--channel", action=_Channel, metavar="NAME=PATH", help=_CHANNEL)
     parser.add_argument("--keys", action=_Keys, config_class="TrainingRun", help="list every configuration key")
 
 
@@ -345,6 +363,16 @@ def _whole(least: int, limit: int = 10**9) -> Callable[[str], int]:
         return int(value)
 
     return parse
+
+
+class _Channel(argparse.Action):
+    """Leaves a channel where this process, and those that it starts, look for them."""
+
+    def __call__(self, _parser, _namespace, text, *_):
+        from tsumugu import config
+
+        name, path = config.split_channel(text)
+        config.write_channels(config.read_channels() | {name: path})
 
 
 class _Keys(argparse.Action):
@@ -461,7 +489,7 @@ def _sample(options: argparse.Namespace) -> list[str]:
 
 def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
     from tsumugu import config
-    from tsumugu.data.prepare import describe, prepare, warnings
+    from tsumugu.data.prepare import prepare
     from tsumugu.data.store import verify
 
     if options.output:
@@ -479,7 +507,12 @@ def _prepare(options: argparse.Namespace, flags: list[str]) -> int:
 
         show(preview(preparation.prepare, options.preview), Console(highlight=False))
         return 0
-    manifest = prepare(preparation.prepare)
+    return _show_manifest(output, prepare(preparation.prepare))
+
+
+def _show_manifest(output: str, manifest: dict) -> int:
+    from tsumugu.data.prepare import describe, warnings
+
     if "submitted" in manifest:
         print(f"{output}: {manifest['submitted']}")
         return 0
@@ -513,6 +546,9 @@ def _audit(options: argparse.Namespace, _flags: list[str]) -> int:
 
 
 def _train(options: argparse.Namespace, flags: list[str]) -> int:
+    if "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # Slurm may ask to stop before training listens: there is nothing to save then, and the job is to queue again
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
     from tsumugu import config
     from tsumugu.training.trainer import train
 
@@ -541,6 +577,39 @@ def _launch_local(options: argparse.Namespace, flags: list[str]) -> int:
     planned_steps(config.load(config.TrainingRun, options.config, flags))  # most of what can be wrong shows here
     files = [f"--config={file}" for file in options.config]
     return launch([*files, *flags], _run_dir(options), options.processes, options.max_restarts)
+
+
+def _launch_slurm(options: argparse.Namespace, flags: list[str]) -> int:
+    from tsumugu import config
+    from tsumugu.launch import slurm
+
+    site = config.load(config.SlurmSite, [options.site]).slurm if options.site else config.SlurmSiteConfig()
+    if options.stage == "prepare":
+        from tsumugu.data.prepare import prepare
+
+        for flag in ("nodes", "processes_per_node", "run_dir", "dry_run"):
+            if getattr(options, flag):
+                raise UserError(
+                    f"--{flag.replace('_', '-')} goes with --stage train",
+                    "--prepare.workers sets the tasks at a time; `tsumugu prepare --preview N` tries some documents",
+                )
+        preparation = config.load(config.Preparation, options.config, flags).prepare
+        return _show_manifest(preparation.output, prepare(slurm.for_preparation(preparation, site, options.time)))
+    if options.nodes is None:
+        raise UserError("--nodes is missing", "say how many nodes to train on")
+    run = config.load(config.TrainingRun, options.config, flags)
+    submit = not options.dry_run
+    print(
+        slurm.launch(
+            run, _run_dir(options), site, options.nodes, options.processes_per_node, options.time, submit=submit
+        ),
+        end="\n" if submit else "",
+    )
+    return 0
+
+
+def _launch_sagemaker(options: argparse.Namespace, flags: list[str]) -> int:
+    return sagemaker_command.run(options, flags)
 
 
 def _prove_resume(command: list[str], options: argparse.Namespace, flags: list[str]) -> int:

@@ -9,10 +9,12 @@ import difflib
 import functools
 import itertools
 import math
+import os
 import re
+import shlex
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,9 @@ from typing import Any, Literal
 import yaml
 
 from tsumugu.errors import UserError, redact
+
+CHANNELS = "TSUMUGU_CHANNELS"  # where launchers leave channels for `load`: NAME=PATH, with blanks between them
+_CHANNEL = re.compile(r"channel:(?P<name>[A-Za-z0-9._-]+)(?P<rest>(?:/.*)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -662,6 +667,49 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmSiteConfig:
+    """A Slurm cluster, as whoever runs it describes it once for all who train there."""
+
+    partition: str | None = None
+    """Partition; default: the cluster's own."""
+    account: str | None = None
+    """Account that is charged."""
+    time: str | None = None
+    """Time limit as sbatch takes it, such as 24:00:00; default: the partition's."""
+    processes_per_node: int | None = None
+    """Processes on every node of a training: one a GPU."""
+    exclusive: bool = True
+    """Training has its nodes to itself."""
+    options: dict[str, str] = field(default_factory=dict)
+    """More sbatch options by their long names, such as gres: gpu:8 or qos: high."""
+    setup: str | None = None
+    """Shell lines that make `tsumugu` available on a node; default: the environment of the one who submits."""
+    container: str | None = None
+    """Image that training runs in; it must hold tsumugu."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """pyxis: `srun --container-image`. apptainer: `apptainer exec --nv`."""
+    container_mounts: list[str] = field(default_factory=list)
+    """What the container sees of the node, as the runtime takes it, such as /fsx:/fsx."""
+    seconds_to_save: int = 300
+    """So long before the time limit training is asked to save and stop; Slurm may ask up to a minute earlier."""
+    auto_resume: bool = False
+    """SageMaker HyperPod: `srun --auto-resume=1`, which replaces a node that fails and starts the step again."""
+
+    def __post_init__(self):
+        _require_positive("slurm.processes_per_node", self.processes_per_node)
+        _require_positive("slurm.seconds_to_save", self.seconds_to_save)
+        if self.container_mounts and self.container is None:
+            raise UserError("slurm.container_mounts is set without slurm.container", "name the image too")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSite:
+    """The file of `tsumugu launch slurm --site`."""
+
+    slurm: SlurmSiteConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Configuration of `tsumugu prepare`."""
 
@@ -723,17 +771,77 @@ class TrainingRun:
             raise UserError("schedule.min_learning_rate is above optimizer.learning_rate", "lower it")
 
 
-def load(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+def load(
+    config_class: type, files: Sequence[str], flags: Sequence[str] = (), channels: Mapping[str, str] | None = None
+) -> Any:
     """The configuration of class `config_class` from YAML files, later ones and then flags winning.
 
     Args:
-        config_class: `Preparation` or `TrainingRun`.
+        config_class: `Preparation`, `TrainingRun`, or another class whose fields are such sections.
         files: YAML files; a list in a later file replaces the earlier list whole.
         flags: `--section.key value` strings.
+        channels: What `channel:NAME` stands for at the beginning of a value, by name; default: what the environment
+            variable CHANNELS says.
 
     Raises:
-        UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value.
+        UserError: A file that cannot be read, an unknown key (with the nearest one), a wrong value, a channel that is
+            not there.
     """
+    loaded = load_unresolved(config_class, files, flags)
+    return resolve_channels(loaded, read_channels() if channels is None else channels)
+
+
+def read_channels() -> dict[str, str]:
+    """Channels by name, of the environment variable CHANNELS."""
+    return dict(split_channel(text) for text in shlex.split(os.environ.get(CHANNELS, "")))
+
+
+def write_channels(channels: Mapping[str, str]) -> None:
+    """Leaves channels for `load` in this process and in those that it starts."""
+    os.environ[CHANNELS] = shlex.join(f"{name}={path}" for name, path in channels.items())
+
+
+def split_channel(text: str) -> tuple[str, str]:
+    """NAME=PATH as a pair.
+
+    Raises:
+        UserError: It is none, or the name has other signs than a channel's.
+    """
+    name, _, path = text.partition("=")
+    if not path or not _CHANNEL.fullmatch(f"channel:{name}"):
+        raise UserError(f"channel {text}: is not NAME=PATH", "give names letters, digits, and the signs . _ -")
+    return name, path.rstrip("/") or "/"
+
+
+def resolve_channels(content: Any, channels: Mapping[str, str], key: str = "") -> Any:
+    """A copy of a configuration with the paths that `channel:NAME/…` stands for, at any depth.
+
+    Raises:
+        UserError: A channel that is not among them.
+    """
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
+        values = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+        prefix = f"{key}." if key else ""
+        resolved = {name: resolve_channels(value, channels, prefix + name) for name, value in values.items()}
+        return content if resolved == values else dataclasses.replace(content, **resolved)
+    if isinstance(content, dict):
+        return {name: resolve_channels(value, channels, f"{key}.{name}") for name, value in content.items()}
+    if isinstance(content, list):
+        return [resolve_channels(value, channels, f"{key}[{index}]") for index, value in enumerate(content)]
+    if not isinstance(content, str) or not content.startswith("channel:"):
+        return content
+    match = _CHANNEL.fullmatch(content)
+    if not match or match["name"] not in channels:
+        known = f"; there is: {', '.join(channels)}" if channels else ""
+        raise UserError(
+            f"{key} is {content}, and no channel has that name{known}",
+            f"give it: --channel {match['name'] if match else 'NAME'}=PATH",
+        )
+    return channels[match["name"]] + match["rest"]
+
+
+def load_unresolved(config_class: type, files: Sequence[str], flags: Sequence[str] = ()) -> Any:
+    """As `load`, but `channel:NAME/…` stays as it is written."""
     contents = {file: _read_yaml(file) for file in files}
     for file, content in contents.items():
         _check(content, config_class, file)

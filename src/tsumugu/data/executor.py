@@ -31,8 +31,8 @@ from tqdm import tqdm
 from tsumugu.config import PrepareConfig
 from tsumugu.errors import UserError
 
+SLURM_JOBS = "slurm-jobs.txt"  # in a working folder: the ids of what was submitted, one a line
 _PROGRESS = "progress.bin"
-_SLURM_JOBS = "slurm-jobs.txt"
 _LONGEST_ARRAY = 1000  # tasks of an array that Slurm allows unless configured otherwise
 
 
@@ -146,7 +146,7 @@ def run_slurm(stages: list[Stage], work: Path, config: PrepareConfig) -> str:
                 f"sbatch refuses stage {stage.name} (exit code {error.returncode})", "see the line above"
             ) from None
         jobs.append(str(executor.job_id))
-        (work / _SLURM_JOBS).write_text("\n".join(jobs))
+        (work / SLURM_JOBS).write_text("\n".join(jobs))
     return f"submitted as jobs {', '.join(jobs)}, each after the one before; logs are in {work}/*/slurm_logs"
 
 
@@ -208,12 +208,12 @@ def _local(stage: Stage, work: Path) -> _Local:
 
 
 def unfinished_jobs(work: Path) -> list[str]:
-    """The jobs that `run_slurm` submitted for a working folder and that still run or wait.
+    """The jobs that were submitted for a working folder, as its SLURM_JOBS says, and that still run or wait.
 
     Raises:
         UserError: There may be some, but squeue does not say.
     """
-    jobs_file = work / _SLURM_JOBS
+    jobs_file = work / SLURM_JOBS
     if not jobs_file.exists():
         return []
     command = ["squeue", "--noheader", "--format=%F", "--me"]  # %F: of all tasks of an array, the array's id

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from tsumugu.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -37,14 +39,17 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Environment]:
     Args:
         timeout: Of its collectives; None: torch's own (gloo: 30 minutes, NCCL: 10).
 
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is the only process.
-    A group that exists already is used as it is.
+    torchrun (under Slurm: `slurm.adopt_step`) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without
+    them this is the only process. A group that exists already is used as it is.
+
+    Raises:
+        UserError: More processes than GPUs on this host.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent()
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", _gpu(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -60,6 +65,15 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Environment]:
     finally:
         if joined_here:
             dist.destroy_process_group()
+
+
+def _gpu(local_rank: int, gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own: Slurm may show every task one alone (--gpus-per-task)."""
+    if gpus == 1:
+        return 0
+    if local_rank >= gpus:
+        raise UserError(f"local rank {local_rank}: this host has {gpus} GPUs", "start one process a GPU")
+    return local_rank
 
 
 def _end_with_parent() -> None:

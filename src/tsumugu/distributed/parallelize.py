@@ -113,7 +113,10 @@ def _multiply_in_fp8(layer: nn.Module, recipe: str) -> None:
             f"parallel.fp8 is {recipe}, but {type(layer).__name__} has no linear layer of sizes that 16 divides",
             "leave it out",
         )
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8 import (  # pyright: ignore[reportMissingImports]
+        Float8LinearConfig,
+        convert_to_float8_training,
+    )
 
     convert_to_float8_training(layer, config=Float8LinearConfig.from_recipe_name(recipe), module_filter_fn=fits)
 

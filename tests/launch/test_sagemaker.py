@@ -1,0 +1,320 @@
+"""`tsumugu launch sagemaker` without AWS: a real S3 client and real containers' processes around stand-ins.
+
+One job of two hosts is stopped by a user, goes on as another job, loses its hosts in the middle, and ends with what an
+uninterrupted run on one machine makes, bit for bit.
+"""
+
+import contextlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from botocore.exceptions import ClientError
+from safetensors.torch import load_file
+from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
+from support.containers import write_data
+from support.runs import figures
+
+from tsumugu.cli import main
+from tsumugu.export import export
+from tsumugu.launch.sagemaker import command
+from tsumugu.training.checkpoint import complete_steps
+
+ROLE = "arn:aws:iam::123456789012:role/tsumugu"
+IMAGE = f"123456789012.dkr.ecr.{REGION}.amazonaws.com/tsumugu:1"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """moto's URL, with a bucket."""
+    with moto() as url:
+        client("s3", url).create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
+        yield url
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
+    """A recipe of 240 steps, whose channel `data` lies in the bucket too."""
+    path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
+    content = yaml.safe_load(path.read_text())
+    content["train"]["max_steps"], content["checkpoint"] = 240, {"every": 10, "keep": 4}
+    path.write_text(yaml.safe_dump(content))
+    Bucket(s3).put(path.parent / "data", "s3://bucket/data")
+    return path
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory) -> Path:
+    return make_image(tmp_path_factory.mktemp("image"))
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """What the image lacks."""
+    folder = tmp_path_factory.mktemp("wheels")
+    wheel_of("jsonargparse", folder)
+    return folder
+
+
+@pytest.fixture
+def aws(s3, monkeypatch, tmp_path):
+    """The environment of a user, whose SageMaker is yet to be named."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "TSUMUGU_CHANNELS"):
+        monkeypatch.delenv(name, raising=False)
+    nowhere = {"AWS_CONFIG_FILE": str(tmp_path / "none"), "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none")}
+    urls = {"AWS_ENDPOINT_URL": s3, "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in (CREDENTIALS | nowhere | urls).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(command, "_PAUSE_SECONDS", 0.5)
+    return s3
+
+
+def flags(recipe: Path, **changes: str) -> list[str]:
+    """Of a launch on two hosts."""
+    given = {"config": str(recipe), "role": ROLE, "image": IMAGE, "bucket": "bucket", "max-hours": "1"}
+    given |= {"instance-type": "ml.g5.xlarge", "instance-count": "2", "channel": "data=s3://bucket/data"}
+    given |= {name.replace("_", "-"): value for name, value in changes.items()}
+    return ["launch", "sagemaker", *(f"--{name}={value}" for name, value in given.items())]
+
+
+def wait_for(happens, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def saved(bucket: Bucket, run: str) -> list[int]:
+    """Steps of which S3 has whole checkpoints."""
+    uri = f"s3://bucket/tsumugu/{run}/checkpoints"
+    names = bucket.keys(uri)
+    marked = [name.removesuffix("COMPLETE") for name in names if name.endswith("/COMPLETE")]
+    whole = []
+    for at in marked:
+        with contextlib.suppress(ClientError):  # deleted since
+            files = json.loads(bucket.read(f"{uri}/{at}COMPLETE"))
+            whole += [at] * all(at + file in names for file in files)
+    return sorted(int(at.split("/")[1].removeprefix("step-")) for at in whole)
+
+
+def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
+    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+):
+    local = tmp_path / "local"
+    straight = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tsumugu"]
+    straight += ["train", f"--config={recipe}", f"--run-dir={local}", f"--channel=data={recipe.parent / 'data'}"]
+    reference = subprocess.Popen(straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
+    with SageMaker(tmp_path / "hosts", aws, image) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
+        assert main([*launch, "--detach"]) == 0
+        [first] = service.jobs.values()
+        wait_for(lambda: saved(bucket, "night") or first.status != "InProgress")
+        assert main(["launch", "sagemaker", "stop", first.name]) == 0
+        assert main(["launch", "sagemaker", "logs", first.name]) == 3
+        said = capsys.readouterr().out
+        assert "2 × ml.g5.xlarge for at most 1 h: at most 5.00 USD" in said
+        assert f"{first.name}: begins s3://bucket/tsumugu/night/" in said
+        assert "127.0.0.1| " in said, said
+        assert "interrupted, checkpoint saved at step" in said
+        stopped_at = saved(bucket, "night")[-1]
+        assert stopped_at < 220
+        assert not bucket.keys(first.model)
+
+        time.sleep(1.1)  # jobs are named by the second
+        launching = threading.Thread(
+            target=lambda: codes.append(main([*launch, "--spot", "--log_every_is_mine=1"][:-1]))
+        )
+        codes: list[int] = []
+        launching.start()
+        wait_for(lambda: len(service.jobs) == 2)
+        second = list(service.jobs.values())[1]
+        wait_for(lambda: saved(bucket, "night")[-1] >= stopped_at + 10 or second.status != "InProgress")
+        second.interrupting.set()
+        launching.join(timeout=300)
+        assert codes == [0]
+        assert (second.status, second.attempts) == ("Completed", 2)
+        assert f"{second.name}: goes on with s3://bucket/tsumugu/night/" in capsys.readouterr().out
+
+        assert main(["launch", "sagemaker", "status", second.name]) == 0
+        said = capsys.readouterr().out
+        last = figures_of(bucket, "night", tmp_path / "downloaded")[-2]
+        assert f"  loss {last['loss']:.6g}\n" in said
+        assert f"  model {second.model}\n" in said
+        for name, target in (("--output", "model"), ("--run-dir", "run")):
+            assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
+    assert reference.wait(timeout=200) == 0
+    assert figures(tmp_path / "run") == figures(local)
+    assert complete_steps(tmp_path / "run")[-1] == 240
+    export(str(local), tmp_path / "exported")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert json.loads((tmp_path / "model" / "certificate.json").read_text())["verified"]
+
+
+def figures_of(bucket: Bucket, run: str, folder: Path) -> list[dict]:
+    bucket.fetch(f"s3://bucket/tsumugu/{run}/checkpoints", folder)
+    return figures(folder)
+
+
+@pytest.fixture
+def service(aws, monkeypatch, tmp_path):
+    """A SageMaker that takes jobs and does not start them."""
+    with SageMaker(tmp_path / "hosts", aws, None) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
+        yield service
+
+
+@pytest.fixture
+def line(capsys):
+    """The one line by which a command is refused."""
+
+    def run(arguments: list[str]) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        output = capsys.readouterr()
+        [said] = [line for line in output.err.splitlines() if line.startswith("tsumugu: ")]
+        assert "Traceback" not in output.err
+        assert "testing" not in output.err
+        return said
+
+    return run
+
+
+@pytest.fixture
+def short(tmp_path) -> Path:
+    """A recipe that needs nothing but the channel."""
+    content = {"model": {"preset": "tiny"}, "data": {"store": "channel:data/store"}, "train": {"max_steps": 9}}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "short.yaml"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        (
+            ("ResourceLimitExceeded", "The account-level service limit 'ml.g5.xlarge for training job usage' is 0"),
+            ["quota", "ml.g5.xlarge for training job usage", "Service Quotas"],
+        ),
+        (("ValidationException", "Could not assume role arn:x. Please ensure"), ["--role: Could not assume role"]),
+        (("AccessDeniedException", "not authorized: sagemaker:CreateTrainingJob"), ["AWS denies", "docs/sagemaker.md"]),
+        (("ExpiredTokenException", "The security token is expired"), ["credentials have expired", "aws sso login"]),
+        (("UnrecognizedClientException", "The security token is invalid"), ["does not know these credentials"]),
+        (("ValidationException", "No S3 objects found under x"), ["AWS refuses CreateTrainingJob: No S3 objects"]),
+    ],
+)
+def test_what_the_service_refuses_is_one_line(refusal, words, service, recipe, short, line):
+    service.refusal = refusal
+    said = line([*flags(short, wheels="none"), "--detach"])
+    assert all(word in said for word in words), said
+    assert not service.jobs
+
+
+def test_what_is_missing_in_s3_is_one_line_before_anything_is_started(service, recipe, short, line):
+    assert "channel:data: s3://bucket/dta holds nothing" in line(flags(short, channel="data=s3://bucket/dta"))
+    said = line([*flags(short), "--data.store=channel:data/nothing"])
+    assert "channel:data/nothing: s3://bucket/data/nothing holds nothing" in said
+    for changes in ({"channel": "data=s3://nobodys-bucket/data"}, {"bucket": "nobodys-bucket"}):
+        assert "bucket nobodys-bucket: " in line(flags(short, wheels="none", **changes))
+    assert not service.jobs
+
+
+def test_without_credentials_region_or_network(service, recipe, short, line, monkeypatch):
+    launch = flags(short, wheels="none")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    assert "look at the network" in line(["launch", "sagemaker", "status", "job"])
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    assert "aws sso login" in line(launch)
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    assert "no AWS region is set" in line(launch)
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    assert "pip install 'tsumugu[aws]'" in line(launch)
+
+
+def test_a_prefix_that_holds_another_run_is_refused(service, recipe, short, line, aws):
+    launch = [*flags(short, run_name="mine", wheels="none"), "--detach"]
+    assert main(launch) == 0
+    [job] = service.jobs.values()
+    assert f"its job {job.name} is InProgress" in line(launch)
+    job.status = "Failed"
+    said = line([*launch, "--train.seed=7"])
+    assert "s3://bucket/tsumugu/mine/ holds another run: its train.seed was 1234, this one's is 7" in said
+    client("s3", aws).put_object(Bucket="bucket", Key="tsumugu/theirs/checkpoints/x", Body=b"")
+    assert "theirs/ holds something" in line([*flags(short, run_name="theirs", wheels="none"), "--detach"])
+    assert len(service.jobs) == 1
+
+
+def test_nothing_secret_is_uploaded_or_asked(service, recipe, short, aws):
+    assert main([*flags(short, run_name="open", wheels="none"), "--detach"]) == 0
+    [job] = service.jobs.values()
+    bucket = Bucket(aws)
+    uploaded = {
+        name: bucket.read(f"s3://bucket/{key}") for name, key in bucket.keys("s3://bucket/tsumugu/open").items()
+    }
+    code = f"code/{job.name}"
+    wheel = f"{code}/wheels/tsumugu-0.1.0-py3-none-any.whl"
+    names = (f"{code}/recipe.yaml", f"{code}/requirements.txt", f"{code}/start.sh", wheel, "run.json")
+    assert uploaded.keys() == set(names)
+    assert "max_hours: 0.9" in uploaded[f"{code}/recipe.yaml"].decode()
+    for content in [json.dumps(job.request).encode(), *uploaded.values()]:
+        assert b"testing" not in content
+
+
+def test_how_a_job_stands(service, recipe, short, line, capsys):
+    for action in ("status", "logs", "stop", "download"):
+        assert "there is no job nobodys" in line(["launch", "sagemaker", action, "nobodys"])
+    assert main([*flags(short, run_name="standing", wheels="none"), "--detach"]) == 0
+    [job] = service.jobs.values()
+    assert main(["launch", "sagemaker", "status", job.name]) == 0
+    assert "made nothing to download" in line(["launch", "sagemaker", "download", job.name])
+    job.status, job.reason = "Failed", "AlgorithmError: no space left"
+    capsys.readouterr()
+    assert main(["launch", "sagemaker", "status", job.name, "--price-per-hour=2"]) == 1
+    said = capsys.readouterr().out
+    assert "AlgorithmError: no space left" in said
+    assert "2 ml.g5.xlarge, 0.0" in said
+    assert "there is nothing to stop" in line(["launch", "sagemaker", "stop", job.name])
+    assert "is no command" in line(["launch", "sagemaker", "restart", job.name])
+
+
+def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypatch):
+    with SageMaker(tmp_path / "hosts", aws, image) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
+        assert main(flags(recipe, run_name="lacking", wheels="none", instance_count="1")) == 1
+        [job] = service.jobs.values()
+    assert "the image lacks what training needs" in job.reason
+    assert "jsonargparse" in job.reason
+
+
+def test_a_processing_job_makes_the_store_that_prepare_makes_here(
+    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+):
+    local = recipe.parent / "data" / "store"
+    bucket = Bucket(aws)
+    bucket.put_file(recipe.parent / "text.jsonl", "s3://bucket/text/text.jsonl")
+    bucket.put(local / "tokenizer", "s3://bucket/tokenizer")
+    source = {"name": "text", "path": "channel:text/text.jsonl"}
+    prepare = {"sources": [source], "tokenizer": "channel:tokenizer", "output": "x", "validation_share": 0.2}
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump({"prepare": prepare}))
+    changes = {"run_name": "store", "wheels": str(wheels), "instance_count": "1", "stage": "prepare"}
+    launch = flags(tmp_path / "prepare.yaml", channel="text=s3://bucket/text", **changes)
+    launch += ["--channel=tokenizer=s3://bucket/tokenizer", "--prepare.workers=1"]
+    with SageMaker(tmp_path / "hosts", aws, image) as service:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
+        assert main(launch) == 0
+        [name] = service.jobs
+        assert re.search(r"train \d+ documents", capsys.readouterr().out)
+        assert main(["launch", "sagemaker", "download", name, "--output", str(tmp_path / "store")]) == 0
+    made = tmp_path / "store"
+    files = sorted(path.relative_to(local) for path in local.rglob("*.bin"))
+    assert files == sorted(path.relative_to(made) for path in made.rglob("*.bin"))
+    assert all((made / file).read_bytes() == (local / file).read_bytes() for file in files)
