@@ -436,9 +436,11 @@ def measure_rows(script: str, rows: list[str], arguments: argparse.Namespace) ->
 
     def measure(row: str) -> None:
         gpu = free.get()
-        left = arguments.total - (time.monotonic() - began)
-        ends[row] = _in_a_process(script, row, gpu, left, arguments) if left > 30 else "not measured"
-        free.put(gpu)
+        try:
+            left = arguments.total - (time.monotonic() - began)
+            ends[row] = _in_a_process(script, row, gpu, left, arguments) if left > 30 else "not measured"
+        finally:
+            free.put(gpu)
 
     with ThreadPoolExecutor(arguments.gpus) as pool:
         list(pool.map(measure, rows))

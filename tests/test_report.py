@@ -194,6 +194,12 @@ def test_nothing_beside_the_page_is_touched(tmp_path: Path):
         ("starts.jsonl", "3\n", "starts.jsonl is damaged"),
         ("metrics.jsonl", '{"step": 1, "loss": 2}\n[1, 2]\n', "metrics.jsonl:2 holds no figures of a step"),
         ("metrics.jsonl", '"loss"\n', "metrics.jsonl:1 holds no figures of a step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "2"}\n', "metrics.jsonl:1 holds no figures of a step"),
+        (
+            "starts.jsonl",
+            '{"at": "0", "device": "0", "paths": "0", "processes": "0", "step": "0", "versions": "0"}\n',
+            "starts.jsonl is damaged",
+        ),
     ],
 )
 def test_damaged_files_of_a_run_are_one_line(

@@ -181,7 +181,7 @@ def _read(path: Path, name: str) -> Run:
 def _read_starts(text: str) -> dict:
     """The starts of a run; a line that was cut short is left out."""
     starts = [json.loads(line) for line in text.split("\n")[:-1]]
-    if not all(_START.issubset(start) for start in starts):
+    if not all(_START.issubset(start) and isinstance(start["step"], int) for start in starts):
         raise ValueError("not every line is a start")
     return {"starts": starts}
 

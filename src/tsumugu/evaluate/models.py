@@ -99,7 +99,10 @@ def data_settings(references: Sequence[Reference]) -> dict[str, Any]:
     for reference in references:
         file = reference.folder / "config.yaml"
         if reference.step is not None and file.is_file():
-            return yaml.safe_load(file.read_text(encoding="utf-8"))["data"]
+            try:
+                return dict(yaml.safe_load(file.read_text(encoding="utf-8"))["data"])
+            except (yaml.YAMLError, TypeError, KeyError, ValueError):
+                raise UserError(f"{file} is not the configuration of a run", "evaluate its export instead") from None
     return {}
 
 

@@ -137,7 +137,8 @@ def metric_lines(run_dir: Path) -> Iterator[dict]:
             with contextlib.suppress(ValueError):
                 if line.endswith("\n"):
                     content = json.loads(line)
-                    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+                    figures = content.values() if isinstance(content, dict) else ["nothing"]
+                    if not all(isinstance(value, int | float | None) for value in figures) or "step" not in content:
                         raise UserError(f"{path}:{number} holds no figures of a step", "delete that line")
                     yield content
 
