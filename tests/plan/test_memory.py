@@ -89,14 +89,18 @@ def measured(made: Path, model: str, changes: dict, processes: int, micro_batche
     others = all_tensors()  # of tests before this one; held, so that nothing takes their place
     with process_group() as environment:
         trainer = Trainer(run(made, model, changes, processes, micro_batches), made / "run", environment)
-        for step in range(2):
-            tracker = AllTensors({tensor.untyped_storage()._cdata for tensor in others})
-            with tracker:
-                launched = trainer.train_step(StopRequest())
-                assert launched is not None
-                launched.figures()
-            trainer.step = step + 1
+        step(trainer)
+        tracker = AllTensors({tensor.untyped_storage()._cdata for tensor in others})
+        with tracker:
+            step(trainer)
     return tracker.peak
+
+
+def step(trainer: Trainer) -> None:
+    launched = trainer.train_step(StopRequest())
+    assert launched is not None
+    launched.figures()
+    trainer.step += 1
 
 
 def predicted(made: Path, model: str, changes: dict, processes: int, micro_batches: int) -> int:
@@ -147,12 +151,14 @@ def test_what_plan_does_not_know_is_refused(made: Path):
 
 def test_the_figures_that_were_measured_on_an_h100():
     """benchmarks/RESULTS.md, 2026-11-24: GiB at the peak of 3.6b with 3 rows, and with 2 and whole logits."""
-    h100 = instances.gpu("H100").device()
+    h100, like = instances.gpu("H100").device(), None
     for rows, changes, found in ((3, {}, 75.5), (2, {"parallel.chunked_loss": False}, 69.3)):
         common = {"model.preset": "3.6b", "data.sequence_length": 2048, "train.max_steps": 1}
         common |= {"train.micro_batch_size": rows, "train.global_batch_size": 4 * rows}
         setup = memory.set_up(run_config(Path("x"), common | changes), sized_config("3.6b", 32000), h100, 1)
-        parts = memory.peak(setup, memory.trace_model(setup, rows), rows)
+        traces = memory.trace_model(setup, rows, like)
+        like = traces, rows
+        parts = memory.peak(setup, traces, rows)
         assert sum(parts.values()) / 2**30 == pytest.approx(found, abs=0.1)
 
 

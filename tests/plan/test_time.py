@@ -112,3 +112,18 @@ def test_work_of_a_layer_is_what_its_matrix_products_do():
         assert forward == 2 * weights * tokens
         assert least * weights * tokens <= backward <= most * weights * tokens
         assert setup.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "found"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 39.4, 1555e9),
+        ("NVIDIA A100-SXM4-80GB", 79.1, 2039e9),
+        ("NVIDIA H100 80GB HBM3", 79.1, 3350e9),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA A10", 22.0, None),
+    ],
+)
+def test_a_gpu_of_this_machine_has_the_rates_of_its_own_kind(name: str, gib: float, found: float | None):
+    assert instances.gpu_of(name, int(gib * 2**30)).bandwidth == found

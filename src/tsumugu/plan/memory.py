@@ -23,7 +23,7 @@ from tsumugu.config import ParallelConfig, TrainingRun
 from tsumugu.distributed import mesh, paths
 from tsumugu.distributed.parallelize import is_recomputed
 from tsumugu.errors import UserError
-from tsumugu.kernels import has_triton, masters
+from tsumugu.kernels import masters
 from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops
@@ -354,7 +354,7 @@ def _fetched(setup: Setup, layers: Sequence[trace.Layer], index: int) -> int:
 
 def _of_optimizer(setup: Setup, traces: Traces) -> int:
     """What AdamW needs beside what it updates: nothing, but where masters are put together by torch's operations."""
-    if not setup.has_split_masters or (setup.on_cuda and has_triton()) or setup.on_cuda:
+    if not setup.has_split_masters or setup.on_cuda:
         return 0
     every = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
     elements = max((weight.elements(1) for weight in every if weight.trained), default=0)
