@@ -105,6 +105,8 @@ def test_rows_that_are_empty_count_neither_as_tokens_nor_as_work(tmp_path: Path,
     assert few["step_seconds"] == pytest.approx(many["step_seconds"])
     assert few["tokens_per_second"] == pytest.approx(many["tokens_per_second"] / 4)
     assert few["mfu"] == pytest.approx(many["mfu"] / 4)
+    _, text = planned(capsys, *arguments[:-1], "--train.global_batch_size", "16")
+    assert "of every 64 rows that its devices compute 48 are empty" in text
 
 
 def test_no_time_is_told_of_what_waits_for_the_host(tmp_path: Path, capsys):
@@ -139,8 +141,8 @@ def test_a_gpu_holds_less_than_its_data_sheet_says():
         (["--chart", "chart.doc"], "--chart chart.doc"),
         (["--instance-count", "0"], "--instance-count"),
         (["--calibration", "nowhere.json"], "nowhere.json is no calibration"),
-        (["--instance-type", "p4d.24xlarge", "p5.48xlarge", "--prices", "prices.json", "--price-per-hour", "p4d.24xlarge=1"],
-         "some prices are in USD, others in JPY"),
+        (["--instance-type", "p4d.24xlarge", "p5.48xlarge", "--prices", "prices.json", "--price-per-hour",
+          "p4d.24xlarge=1"], "some prices are in USD, others in JPY"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_in_a_line(tmp_path: Path, capsys, monkeypatch, arguments, message):

@@ -197,6 +197,13 @@ def _money(value: float | None, plan: Plan) -> str:
 
 def _show_notes(plan: Plan, console: Console, named: bool) -> None:
     prefix = f"{plan.cluster.name} × {plan.cluster.hosts}: " if named else ""
+    rows, batch = plan.setup.run.train.micro_batch_size, plan.setup.run.train.global_batch_size
+    computed = plan.setup.micro_batches(rows) * rows * plan.setup.processes
+    if computed > batch:
+        console.print(
+            f"{prefix}of every {computed} rows that its devices compute {computed - batch} are empty: "
+            f"train.global_batch_size {batch} is no multiple of {plan.setup.processes} micro batches of {rows}"
+        )
     if plan.calibration is None or plan.step is None:
         console.print(f"{prefix}how fast it is is not known: {_why_no_time(plan)}")
     else:

@@ -439,7 +439,7 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
 
 def margin(setup: Setup, parts: dict[str, int]) -> int:
     """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
-    and NCCL take beside it (see data/margins.json for where the shares were measured)."""
+    and NCCL take beside it (see data/margins.json for where the shares were measured, and for what was not)."""
     if not setup.on_cuda:
         return 0
     shares = _margins()
