@@ -1,6 +1,7 @@
 """`tsumugu plan` from the command line."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import yaml
 from support.runs import run_config
 
 from tsumugu import cli
+from tsumugu.config import TrainingRun, load
 from tsumugu.errors import UserError
-from tsumugu.plan import instances, planning
+from tsumugu.plan import command, instances, planning
 from tsumugu.training import checkpoint
 
 KEYS = {
@@ -107,6 +109,17 @@ def test_rows_that_are_empty_count_neither_as_tokens_nor_as_work(tmp_path: Path,
     assert few["mfu"] == pytest.approx(many["mfu"] / 4)
     _, text = planned(capsys, *arguments[:-1], "--train.global_batch_size", "16")
     assert "of every 64 rows that its devices compute 48 are empty" in text
+
+
+def test_checkpoints_at_the_interval_of_young_and_daly(tmp_path: Path):
+    """By hand: of 1,421,987,840 parameters 12 bytes each are copied at 49.9 GB/s by each of the 8 devices of a replica;
+    32 devices of 50,700 hours each fail every 1,584 hours."""
+    run = load(TrainingRun, [recipe(tmp_path)], ["--parallel.shard_degree", "8"])
+    [found] = command.plans(run, command.Asked(instance_types=["p4d.24xlarge"], instance_counts=[4]))
+    assert found.step
+    assert found.checkpoint_bytes == 1_421_987_840 * 12
+    seconds = math.sqrt(2 * (1_421_987_840 * 12 / 8 / 49.9e9) * (50_700 * 3600 / 32))
+    assert found.checkpoint_every == round(seconds / found.step.total)
 
 
 def test_no_time_is_told_of_what_waits_for_the_host(tmp_path: Path, capsys):

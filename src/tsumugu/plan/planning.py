@@ -94,12 +94,15 @@ class Plan:
 
     @property
     def checkpoint_every(self) -> int | None:
-        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures), where
-        a stall is the copy into host memory, and devices fail one like the other (see data/reliability.json)."""
+        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures).
+
+        A stall is the copy of every device's shards into host memory; devices fail one like the other (see
+        data/reliability.json).
+        """
         if self.step is None:
             return None
         facts = reliability()
-        stall = self.checkpoint_bytes / self.cluster.devices / facts["checkpoint_copy_bytes_s"]
+        stall = self.checkpoint_bytes / self.setup.degrees["shard"] / facts["checkpoint_copy_bytes_s"]
         between_failures = facts["device_hours_between_failures"] * 3600 / self.cluster.devices
         return max(1, round(math.sqrt(2 * stall * between_failures) / self.step.total))
 
@@ -184,12 +187,12 @@ def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:
 
 
 def _largest_micro_batch(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> int:
-    """The largest that fits, up to what a step has for each process.
+    """The largest that fits, up to what a step has for each process (or the recipe's own, where that is more).
 
     What the model keeps and needs grows evenly with the rows; two traces tell how.
     """
     rows = setup.run.train.micro_batch_size
-    most = max(1, setup.run.train.global_batch_size // setup.processes)
+    most = max(rows, setup.run.train.global_batch_size // setup.processes)
 
     if cluster.gpu.memory is None:
         return most
