@@ -145,7 +145,8 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     Args:
         setup: The run; what makes no difference to the traces, such as the number of devices, may be another one.
         micro_batch: Rows.
-        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again.
+        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again. What
+            comes of it tells memory, not time.
     """
     keeps = _keeps_gradients(setup, micro_batch)
     same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
@@ -153,6 +154,8 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     parallel = dataclasses.replace(setup.parallel, **same)
     what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
     key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
+    if like and key not in _traced:
+        key = f"of another: {key}"
     if key not in _traced:
         _traced[key] = _trace_model(setup, micro_batch, keeps, like)
     return _traced[key]
