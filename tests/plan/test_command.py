@@ -122,6 +122,14 @@ def test_checkpoints_at_the_interval_of_young_and_daly(tmp_path: Path):
     assert found.checkpoint_every == round(seconds / found.step.total)
 
 
+def test_a_machine_without_a_gpu_has_its_memory(tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(instances.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(instances.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
+    code, text = planned(capsys, "--config", recipe(tmp_path), "--json")
+    found = json.loads(text)
+    assert (code, found["fits"], found["device_memory_gib"]) == (1, False, 4)  # 1b: 16 bytes a parameter are 21 GiB
+
+
 def test_no_time_is_told_of_what_waits_for_the_host(tmp_path: Path, capsys):
     arguments = [
         "--config",

@@ -127,3 +127,8 @@ def test_work_of_a_layer_is_what_its_matrix_products_do():
 )
 def test_a_gpu_of_this_machine_has_the_rates_of_its_own_kind(name: str, gib: float, found: float | None):
     assert instances.gpu_of(name, int(gib * 2**30)).bandwidth == found
+
+
+def test_of_float64_no_peak_is_known():
+    gpu = instances.gpu("H100")
+    assert (gpu.flops(torch.bfloat16), gpu.flops(torch.float32), gpu.flops(torch.float64)) == (989e12, 67e12, None)

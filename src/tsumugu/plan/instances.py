@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -35,7 +36,7 @@ class Gpu:
     """Bytes a second to the other devices of its host, in one direction."""
 
     def flops(self, dtype: torch.dtype) -> float | None:
-        return self.half_flops if dtype.itemsize == 2 else self.float_flops
+        return {2: self.half_flops, 4: self.float_flops}.get(dtype.itemsize)
 
     def device(self) -> paths.Device:
         """As `paths` knows devices; on instances everything that it can use is there."""
@@ -107,9 +108,10 @@ def cluster(instance_type: str, count: int) -> Cluster:
 
 
 def this_machine() -> Cluster:
-    """The devices of this machine; a CPU is one device of which no rate is known."""
+    """The devices of this machine; a CPU is one device of which no rate is known, with the memory of the host."""
     if not torch.cuda.is_available():
-        return Cluster("this machine", Gpu(name="CPU", memory=None), 1, 1, None)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Cluster("this machine", Gpu(name="CPU", memory=memory), 1, 1, None)
     device = paths.this_device(torch.device("cuda", 0))
     found = gpu_of(device.name, device.memory or 0)
     own = dataclasses.replace(found, memory=device.memory, withheld=0, capability=device.capability)
