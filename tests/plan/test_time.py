@@ -67,6 +67,8 @@ def test_a_kernel_takes_the_slower_of_its_two_rates_and_the_host_may_be_slower_s
     assert kernels.seconds(10, 4, calibration) == pytest.approx(18)
     slow_host = Calibration(matrix=0.5, attention=0.25, varlen=1, memory=0.5, launch=5.0)
     assert kernels.seconds(10, 4, slow_host) == pytest.approx(30)
+    assert (kernels + kernels).merged().seconds(10, 4, calibration) == pytest.approx(36)
+    assert (kernels + kernels).merged().seconds(10, 4, slow_host) == pytest.approx(60)
 
 
 def test_efficiencies_are_found_again():

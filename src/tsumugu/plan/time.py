@@ -77,6 +77,13 @@ class Kernels:
         result._rows = self._rows[self._rows[:, 0] == KINDS.index(kind)]
         return result
 
+    def merged(self) -> "Kernels":
+        """With those that are alike, as in layers that are alike, as one that runs so much more often."""
+        kernels, which = np.unique(self._rows[:, :3], axis=0, return_inverse=True)
+        result = Kernels(())
+        result._rows = np.column_stack([kernels, np.bincount(which.reshape(-1), weights=self._rows[:, 3])])
+        return result
+
     def repeated(self, times: int) -> "Kernels":
         result = Kernels(())
         result._rows = self._rows * [1, 1, 1, times]
@@ -145,7 +152,7 @@ def whole(step: Step) -> Kernels:
     result = step.rest
     for kernels in (*step.forward, *step.backward):
         result += kernels.repeated(step.micro_batches)
-    return result
+    return result.merged()
 
 
 def _gather(weights: Sequence[Weight], shards: int, wide: int) -> Work:
