@@ -307,7 +307,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     cost.add_argument("--prices", metavar="FILE", help="JSON, in place of the shipped prices")
     cost.add_argument("--spot", action="store_true", help="spot prices of that file")
     cost.add_argument("--aws-prices", metavar="REGION", help="on-demand prices by AWS (needs boto3 and credentials)")
-    cost.add_argument("--yen-per-dollar", type=float, metavar="RATE", help="costs in yen too")
+    cost.add_argument("--yen-per-dollar", type=_positive, metavar="RATE", help="costs in yen too")
 
 
 def _add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -373,6 +373,17 @@ class _Channel(argparse.Action):
 
         name, path = config.split_channel(text)
         config.write_channels(config.read_channels() | {name: path})
+
+
+def _positive(text: str) -> float:
+    """The type of an argument: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
 
 
 class _Keys(argparse.Action):

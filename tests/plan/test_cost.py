@@ -46,7 +46,10 @@ def test_a_file_replaces_the_shipped_prices(tmp_path: Path):
     assert cost.price_of("ml.p4d.24xlarge", prices, spot=False) is None
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"p5": {}}', '{"p5": {"on_demand": 1, "currency": "EUR"}}'])
+OTHERS = ["[]", "{", '{"p5": {}}', '{"p5": {"on_demand": 1, "currency": "EUR"}}', '{"p5": {"on_demand": -1}}']
+
+
+@pytest.mark.parametrize("text", [*OTHERS, '{"p5": {"on_demand": 1, "spot": "cheap"}}'])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str):
     (tmp_path / "prices.json").write_text(text)
     with pytest.raises(UserError, match="--prices"):
@@ -55,8 +58,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, text: str):
 
 def test_stated_prices():
     assert cost.stated(["98"], ["p5.48xlarge"]) == {"p5.48xlarge": 98.0}
+    assert cost.stated(["p5.48xlarge=98"], ["ml.p5.48xlarge"]) == {"p5.48xlarge": 98.0}
     assert cost.stated(["a=1.5", "b=2"], ["a", "b"]) == {"a": 1.5, "b": 2.0}
-    for arguments, types in ((["1"], ["a", "b"]), (["c=1"], ["a", "b"]), (["a=much"], ["a", "b"])):
+    for arguments, types in (
+        (["1"], ["a", "b"]),
+        (["c=1"], ["a", "b"]),
+        (["a=much"], ["a", "b"]),
+        (["0"], ["a"]),
+        (["nan"], ["a"]),
+    ):
         with pytest.raises(UserError, match="--price-per-hour"):
             cost.stated(arguments, types)
 

@@ -89,14 +89,18 @@ def measured(made: Path, model: str, changes: dict, processes: int, micro_batche
     others = all_tensors()  # of tests before this one; held, so that nothing takes their place
     with process_group() as environment:
         trainer = Trainer(run(made, model, changes, processes, micro_batches), made / "run", environment)
-        for step in range(2):
-            tracker = AllTensors({tensor.untyped_storage()._cdata for tensor in others})
-            with tracker:
-                launched = trainer.train_step(StopRequest())
-                assert launched is not None
-                launched.figures()
-            trainer.step = step + 1
+        step(trainer)
+        tracker = AllTensors({tensor.untyped_storage()._cdata for tensor in others})
+        with tracker:
+            step(trainer)
     return tracker.peak
+
+
+def step(trainer: Trainer) -> None:
+    launched = trainer.train_step(StopRequest())
+    assert launched is not None
+    launched.figures()
+    trainer.step += 1
 
 
 def predicted(made: Path, model: str, changes: dict, processes: int, micro_batches: int) -> int:
@@ -145,26 +149,35 @@ def test_what_plan_does_not_know_is_refused(made: Path):
         memory.set_up(config, read_config(str(made / "llama")), CPU, 2)
 
 
+def on_an_h100(rows: int, changes: dict) -> memory.Setup:
+    """3.6b, four micro batches of so many rows a step."""
+    common = {"model.preset": "3.6b", "data.sequence_length": 2048, "train.max_steps": 1}
+    common |= {"train.micro_batch_size": rows, "train.global_batch_size": 4 * rows}
+    h100 = instances.gpu("H100").device()
+    return memory.set_up(run_config(Path("x"), common | changes), sized_config("3.6b", 32000), h100, 1)
+
+
 def test_the_figures_that_were_measured_on_an_h100():
     """benchmarks/RESULTS.md, 2026-11-24: GiB at the peak of 3.6b with 3 rows, and with 2 and whole logits."""
-    h100 = instances.gpu("H100").device()
+    like = None
     for rows, changes, found in ((3, {}, 75.5), (2, {"parallel.chunked_loss": False}, 69.3)):
-        common = {"model.preset": "3.6b", "data.sequence_length": 2048, "train.max_steps": 1}
-        common |= {"train.micro_batch_size": rows, "train.global_batch_size": 4 * rows}
-        setup = memory.set_up(run_config(Path("x"), common | changes), sized_config("3.6b", 32000), h100, 1)
-        parts = memory.peak(setup, memory.trace_model(setup, rows), rows)
+        setup = on_an_h100(rows, changes)
+        traces = memory.trace_model(setup, rows, like)
+        like = traces, rows
+        parts = memory.peak(setup, traces, rows)
         assert sum(parts.values()) / 2**30 == pytest.approx(found, abs=0.1)
 
 
 def test_other_micro_batches_follow_from_a_trace():
-    """The graphs of 2 rows say of 6 what those of 6 rows do."""
-    h100 = instances.gpu("H100").device()
-    changes = {"model.preset": "1b", "data.sequence_length": 512, "train.max_steps": 1}
-    changes |= {"train.micro_batch_size": 2, "train.global_batch_size": 24}
-    setup = memory.set_up(run_config(Path("x"), changes), sized_config("1b", 52096), h100, 1)
-    two = memory.trace_model(setup, 2)
-    other = memory.with_micro_batch(setup, 6)
-    from_two = memory._trace_model(other, 6, False, (two, 2))
-    anew = memory._trace_model(other, 6, False, None)
+    """The graphs of 3 rows say of 6 what those of 6 do, also by way of 4; but of time only those of 6 tell."""
+    three = memory.trace_model(on_an_h100(3, {}), 3)
+    four = memory.trace_model(on_an_h100(4, {}), 4, (three, 3))
+    setup = on_an_h100(6, {})
+    from_three = memory.trace_model(setup, 6, (three, 3)).layers[0]
+    from_four = memory._trace_model(setup, 6, False, (four, 4)).layers[0]
+    anew = memory.trace_model(setup, 6).layers[0]
     for name in ("forward", "saved", "backward", "output"):
-        assert getattr(from_two.layers[0], name) == pytest.approx(getattr(anew.layers[0], name), rel=1e-3)
+        assert getattr(from_three, name) == pytest.approx(getattr(anew, name), rel=1e-3)
+        assert getattr(from_four, name) == pytest.approx(getattr(anew, name), rel=1e-3)
+    weights, tokens = 12 * 2816**2, 6 * 2048
+    assert sum(flops for kind, flops, _ in anew.forward_work if kind == "matrix") == 2 * weights * tokens

@@ -67,6 +67,8 @@ def test_a_kernel_takes_the_slower_of_its_two_rates_and_the_host_may_be_slower_s
     assert kernels.seconds(10, 4, calibration) == pytest.approx(18)
     slow_host = Calibration(matrix=0.5, attention=0.25, varlen=1, memory=0.5, launch=5.0)
     assert kernels.seconds(10, 4, slow_host) == pytest.approx(30)
+    assert (kernels + kernels).merged().seconds(10, 4, calibration) == pytest.approx(36)
+    assert (kernels + kernels).merged().seconds(10, 4, slow_host) == pytest.approx(60)
 
 
 def test_efficiencies_are_found_again():
@@ -112,3 +114,23 @@ def test_work_of_a_layer_is_what_its_matrix_products_do():
         assert forward == 2 * weights * tokens
         assert least * weights * tokens <= backward <= most * weights * tokens
         assert setup.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "found"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 39.4, 1555e9),
+        ("NVIDIA A100-SXM4-80GB", 79.1, 2039e9),
+        ("NVIDIA H100 80GB HBM3", 79.1, 3350e9),
+        ("NVIDIA H100 PCIe", 79.1, None),
+        ("NVIDIA GH200 480GB", 94.5, None),
+        ("NVIDIA A10", 22.0, None),
+    ],
+)
+def test_a_gpu_of_this_machine_has_the_rates_of_its_own_kind(name: str, gib: float, found: float | None):
+    assert instances.gpu_of(name, int(gib * 2**30)).bandwidth == found
+
+
+def test_of_float64_no_peak_is_known():
+    gpu = instances.gpu("H100")
+    assert (gpu.flops(torch.bfloat16), gpu.flops(torch.float32), gpu.flops(torch.float64)) == (989e12, 67e12, None)

@@ -54,6 +54,8 @@ def plans(run: TrainingRun, asked: Asked) -> list[Plan]:
         if price is not None and found.days is not None:
             found = dataclasses.replace(found, cost=cost.cost(price, cluster.hosts, found.days))
         result.append(found)
+    if len({found.cost.price.currency for found in result if found.cost}) > 1:
+        raise UserError("some prices are in USD, others in JPY", "give --yen-per-dollar RATE")
     return result
 
 
@@ -76,10 +78,9 @@ def _plan(
 def _price(
     cluster: instances.Cluster, asked: Asked, stated: dict[str, float], prices: dict[str, dict]
 ) -> cost.Price | None:
-    by_type = {name.removeprefix("ml."): price for name, price in stated.items()}
     name = cluster.name.removeprefix("ml.")
-    if name in by_type:
-        price = cost.Price(by_type[name], "USD", f"{datetime.now(UTC):%Y-%m-%d}", "--price-per-hour")
+    if name in stated:
+        price = cost.Price(stated[name], "USD", f"{datetime.now(UTC):%Y-%m-%d}", "--price-per-hour")
     elif asked.aws_region and not asked.spot:
         price = cost.of_aws(cluster.name, asked.aws_region)
     else:
@@ -99,7 +100,7 @@ def show(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) 
         "billion tokens"
     )
     if len(found) == 1:
-        _show_table(found, console, yen_per_dollar)
+        _show_table(first, console, yen_per_dollar)
     else:
         _show_side_by_side(found, console)
     if run.model.lora.rank is not None:
@@ -155,37 +156,32 @@ def _show_side_by_side(found: Sequence[Plan], console: Console) -> None:
     console.print(table)
 
 
-def _show_table(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) -> None:
+def _show_table(plan: Plan, console: Console, yen_per_dollar: float | None) -> None:
     table = Table(box=None, pad_edge=False, show_header=True)
     table.add_column("")
-    for plan, mark in zip(found, marks(found), strict=True):
-        title = plan.cluster.name + (f" × {plan.cluster.hosts}" if plan.cluster.name != "this machine" else "")
-        table.add_column(title + (f"\n{mark}" if mark else ""), justify="right")
-
-    def row(name: str, of: object) -> None:
-        table.add_row(name, *(of(plan) for plan in found))  # type: ignore[operator]
-
-    row("devices", lambda plan: f"{plan.cluster.devices} × {plan.cluster.gpu.name}")
-    row("mesh", lambda plan: " × ".join(f"{axis} {degree}" for axis, degree in plan.setup.degrees.items()))
-    for part in found[0].parts:
-        if any(plan.parts[part] for plan in found):
-            row(f"{part}, GiB", lambda plan, part=part: f"{plan.parts[part] / GIB:.2f}")
-    row("a device needs, GiB", lambda plan: f"{plan.total / GIB:.2f}")
-    row("a device has, GiB", lambda plan: "?" if plan.device_memory is None else f"{plan.device_memory / GIB:.2f}")
-    row("fits", lambda plan: "yes" if plan.fits else "no")
-    row("largest micro batch", lambda plan: str(plan.largest_micro_batch or "none"))
-    row("smallest shard degree", lambda plan: str(plan.smallest_shard_degree or "–"))
-    row("step, s", lambda plan: _number(plan.step and plan.step.total, ".3g"))
-    row("  of it waiting for the network", lambda plan: _number(plan.step and plan.step.communication, ".3g"))
-    row("tokens/s", lambda plan: _number(plan.tokens_per_second, ",.0f"))
-    row("MFU", lambda plan: _number(plan.mfu, ".1%"))
-    row("days", lambda plan: _number(plan.days, ".3g"))
-    row("a checkpoint, GiB", lambda plan: f"{plan.checkpoint_bytes / GIB:.3g}")
-    row("checkpoint.every, steps", lambda plan: _number(plan.checkpoint_every, ",d"))
-    row("price of an hour", lambda plan: _money(plan.cost and plan.cost.price.per_hour, plan))
-    row("cost", lambda plan: _money(plan.cost and plan.cost.amount, plan))
+    hosts = f" × {plan.cluster.hosts}" if plan.cluster.name != "this machine" else ""
+    table.add_column(plan.cluster.name + hosts, justify="right")
+    table.add_row("devices", f"{plan.cluster.devices} × {plan.cluster.gpu.name}")
+    table.add_row("mesh", " × ".join(f"{axis} {degree}" for axis, degree in plan.setup.degrees.items()))
+    for part, size in plan.parts.items():
+        if size:
+            table.add_row(f"{part}, GiB", f"{size / GIB:.2f}")
+    table.add_row("a device needs, GiB", f"{plan.total / GIB:.2f}")
+    table.add_row("a device has, GiB", "?" if plan.device_memory is None else f"{plan.device_memory / GIB:.2f}")
+    table.add_row("fits", "yes" if plan.fits else "no")
+    table.add_row("largest micro batch", str(plan.largest_micro_batch or "none"))
+    table.add_row("smallest shard degree", str(plan.smallest_shard_degree or "–"))
+    table.add_row("step, s", _number(plan.step and plan.step.total, ".3g"))
+    table.add_row("  of it waiting for the network", _number(plan.step and plan.step.communication, ".3g"))
+    table.add_row("tokens/s", _number(plan.tokens_per_second, ",.0f"))
+    table.add_row("MFU", _number(plan.mfu, ".1%"))
+    table.add_row("days", _number(plan.days, ".3g"))
+    table.add_row("a checkpoint, GiB", f"{plan.checkpoint_bytes / GIB:.3g}")
+    table.add_row("checkpoint.every, steps", _number(plan.checkpoint_every, ",d"))
+    table.add_row("price of an hour", _money(plan.cost and plan.cost.price.per_hour, plan))
+    table.add_row("cost", _money(plan.cost and plan.cost.amount, plan))
     if yen_per_dollar:
-        row("cost, USD", lambda plan: _number(plan.cost and plan.cost.amount / yen_per_dollar, ",.0f"))
+        table.add_row("cost, USD", _number(plan.cost and plan.cost.amount / yen_per_dollar, ",.0f"))
     console.print(table)
 
 
@@ -201,10 +197,15 @@ def _money(value: float | None, plan: Plan) -> str:
 
 def _show_notes(plan: Plan, console: Console, named: bool) -> None:
     prefix = f"{plan.cluster.name} × {plan.cluster.hosts}: " if named else ""
-    if plan.calibration is None or plan.step is None:
+    rows, batch = plan.setup.run.train.micro_batch_size, plan.setup.run.train.global_batch_size
+    computed = plan.setup.micro_batches(rows) * rows * plan.setup.processes
+    if computed > batch:
         console.print(
-            f"{prefix}how fast it is is not known: measure it with --probe FILE, then give --calibration FILE"
+            f"{prefix}of every {computed} rows that its devices compute {computed - batch} are empty: "
+            f"train.global_batch_size {batch} is no multiple of {plan.setup.processes} micro batches of {rows}"
         )
+    if plan.calibration is None or plan.step is None:
+        console.print(f"{prefix}how fast it is is not known: {_why_no_time(plan)}")
     else:
         console.print(f"{prefix}speed by {plan.calibration.source}")
     if plan.cost is not None:
@@ -216,6 +217,14 @@ def _show_notes(plan: Plan, console: Console, named: bool) -> None:
         for change in plan.changes:
             fits = "fits" if change.fits else "does not fit"
             console.print(f"  {change.setting:<48} {change.total / GIB:8.2f} GiB, {fits}; {change.cost}")
+
+
+def _why_no_time(plan: Plan) -> str:
+    if plan.calibration is None:
+        return "measure it with --probe FILE, then give --calibration FILE"
+    if time.waits_for_host(plan.setup):
+        return "what goes to the host and back is not counted (parallel.offload_…)"
+    return f"the peaks of {plan.cluster.gpu.name} in {str(plan.setup.dtype).removeprefix('torch.')} are not known"
 
 
 def draw(found: Sequence[Plan], file: Path) -> None:
@@ -252,5 +261,11 @@ def draw(found: Sequence[Plan], file: Path) -> None:
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)
+    try:
+        figure.savefig(file)
+    except (ValueError, FileNotFoundError) as error:  # a suffix that names no format, or a folder that is not there
+        raise UserError(
+            f"--chart {file}: {error}", "name a .png, .svg or .pdf file in a folder that is there"
+        ) from None
+    finally:
+        pyplot.close(figure)

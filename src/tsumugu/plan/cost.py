@@ -1,6 +1,7 @@
 """What a run costs: hours times a price that somebody has stated, with its date; without one there is no cost."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -66,8 +67,9 @@ def read_prices(file: Path | None) -> dict[str, dict[str, Any]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         for name, entry in found.items():
-            if not any(isinstance(entry.get(kind), (int, float)) for kind in _KINDS.values()):
-                raise ValueError(f"{name} has no number on_demand or spot")
+            prices = [entry[kind] for kind in _KINDS.values() if entry.get(kind) is not None]
+            if not prices or not all(isinstance(price, (int, float)) and _is_price(price) for price in prices):
+                raise ValueError(f"{name} has no positive number on_demand or spot")
             if entry.get("currency", "USD") not in ("USD", "JPY"):
                 raise ValueError(f"{name}: currency is neither USD nor JPY")
     except (OSError, ValueError, AttributeError) as error:
@@ -76,24 +78,32 @@ def read_prices(file: Path | None) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _is_price(number: float) -> bool:
+    return 0 < number < math.inf
+
+
 def stated(arguments: Sequence[str], instance_types: Sequence[str]) -> dict[str, float]:
-    """--price-per-hour as given: a price, or with several instance types TYPE=PRICE for each.
+    """--price-per-hour as given: a price, or with several instance types TYPE=PRICE for each. Names are without `ml.`.
 
     Raises:
         UserError: It is neither.
     """
     found: dict[str, float] = {}
+    types = list(dict.fromkeys(name.removeprefix("ml.") for name in instance_types))
     for argument in arguments:
         name, _, text = argument.rpartition("=")
+        name = name.removeprefix("ml.")
         try:
             price = float(text)
         except ValueError:
-            raise UserError(f"--price-per-hour {argument} is no price", "give USD an hour, or TYPE=USD") from None
-        if name and name not in instance_types:
+            price = math.nan
+        if not _is_price(price):
+            raise UserError(f"--price-per-hour {argument} is no price", "give USD an hour, or TYPE=USD")
+        if name and name not in types:
             raise UserError(f"--price-per-hour names {name}", f"planned are: {', '.join(instance_types)}")
-        if not name and len(instance_types) > 1:
+        if not name and len(types) > 1:
             raise UserError("--price-per-hour is one price for several instance types", "give TYPE=PRICE for each")
-        found |= dict.fromkeys([name] if name else instance_types, price)
+        found |= dict.fromkeys([name] if name else types, price)
     return found
 
 

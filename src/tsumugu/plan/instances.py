@@ -1,7 +1,10 @@
 """What is known of GPUs and of the instances that have them: dated facts in data/instances.json."""
 
+import dataclasses
 import functools
 import json
+import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -20,6 +23,8 @@ class Gpu:
 
     name: str
     memory: int | None
+    withheld: int = 0
+    """Bytes of `memory` that CUDA never gives out."""
     capability: tuple[int, int] = (0, 0)
     half_flops: float | None = None
     """Dense FLOP/s in bfloat16 and float16."""
@@ -31,7 +36,7 @@ class Gpu:
     """Bytes a second to the other devices of its host, in one direction."""
 
     def flops(self, dtype: torch.dtype) -> float | None:
-        return self.half_flops if dtype.itemsize == 2 else self.float_flops
+        return {2: self.half_flops, 4: self.float_flops}.get(dtype.itemsize)
 
     def device(self) -> paths.Device:
         """As `paths` knows devices; on instances everything that it can use is there."""
@@ -79,6 +84,7 @@ def gpu(name: str) -> Gpu:
     return Gpu(
         name=name,
         memory=found["memory_mib"] * MIB,
+        withheld=round(found["memory_mib"] * MIB * facts()["withheld"]),
         capability=tuple(found["capability"]),
         half_flops=rate("bf16_tflops", 1e12),
         float_flops=rate("fp32_tflops", 1e12),
@@ -102,11 +108,23 @@ def cluster(instance_type: str, count: int) -> Cluster:
 
 
 def this_machine() -> Cluster:
-    """The devices of this machine; a CPU is one device of which no rate is known."""
+    """The devices of this machine; a CPU is one device of which no rate is known, with the memory of the host."""
     if not torch.cuda.is_available():
-        return Cluster("this machine", Gpu(name="CPU", memory=None), 1, 1, None)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Cluster("this machine", Gpu(name="CPU", memory=memory), 1, 1, None)
     device = paths.this_device(torch.device("cuda", 0))
-    known = next((name for name in facts()["gpus"] if name.partition("-")[0] in device.name), None)
-    found = gpu(known) if known else Gpu(name=device.name, memory=None)
-    own = Gpu(**(vars(found) | {"memory": device.memory, "capability": device.capability}))
+    found = gpu_of(device.name, device.memory or 0)
+    own = dataclasses.replace(found, memory=device.memory, withheld=0, capability=device.capability)
     return Cluster("this machine", own, torch.cuda.device_count(), 1, None)
+
+
+def gpu_of(name: str, memory: int) -> Gpu:
+    """The GPU that CUDA calls so, of several sizes the nearest; one of which no rate is known where it is in no facts.
+
+    PCIe cards and pairs (NVL) have lower rates than the modules of the same name, which the facts are of.
+    """
+    words = set(re.split(r"\W+", name))
+    known = [gpu(each) for each in facts()["gpus"] if each.partition("-")[0] in words]
+    if not known or words & {"PCIe", "PCIE", "NVL"}:
+        return Gpu(name=name, memory=memory)
+    return min(known, key=lambda each: abs((each.memory or 0) - memory))

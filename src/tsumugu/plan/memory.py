@@ -23,7 +23,7 @@ from tsumugu.config import ParallelConfig, TrainingRun
 from tsumugu.distributed import mesh, paths
 from tsumugu.distributed.parallelize import is_recomputed
 from tsumugu.errors import UserError
-from tsumugu.kernels import has_triton, masters
+from tsumugu.kernels import masters
 from tsumugu.kernels.linear import Sum, sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
 from tsumugu.model.flops import flops
@@ -145,7 +145,8 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     Args:
         setup: The run; what makes no difference to the traces, such as the number of devices, may be another one.
         micro_batch: Rows.
-        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again.
+        like: Traces of the same run with another micro batch, whose compiled layers need not be compiled again. What
+            comes of it tells memory, not time.
     """
     keeps = _keeps_gradients(setup, micro_batch)
     same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
@@ -153,6 +154,8 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     parallel = dataclasses.replace(setup.parallel, **same)
     what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
     key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
+    if like and key not in _traced:
+        key = f"of another: {key}"
     if key not in _traced:
         _traced[key] = _trace_model(setup, micro_batch, keeps, like)
     return _traced[key]
@@ -354,7 +357,7 @@ def _fetched(setup: Setup, layers: Sequence[trace.Layer], index: int) -> int:
 
 def _of_optimizer(setup: Setup, traces: Traces) -> int:
     """What AdamW needs beside what it updates: nothing, but where masters are put together by torch's operations."""
-    if not setup.has_split_masters or (setup.on_cuda and has_triton()) or setup.on_cuda:
+    if not setup.has_split_masters or setup.on_cuda:
         return 0
     every = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
     elements = max((weight.elements(1) for weight in every if weight.trained), default=0)
@@ -439,7 +442,7 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
 
 def margin(setup: Setup, parts: dict[str, int]) -> int:
     """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
-    and NCCL take beside it (see data/margins.json for where the shares were measured)."""
+    and NCCL take beside it (see data/margins.json for where the shares were measured, and for what was not)."""
     if not setup.on_cuda:
         return 0
     shares = _margins()

@@ -89,17 +89,20 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        peak = self.cluster.gpu.half_flops
+        peak = self.cluster.gpu.half_flops if self.setup.on_cuda else None  # a CPU's rates are nominal
         return self.model_flops / self.step.total / self.cluster.devices / peak if self.step and peak else None
 
     @property
     def checkpoint_every(self) -> int | None:
-        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures), where
-        a stall is the copy into host memory, and devices fail one like the other (see data/reliability.json)."""
+        """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures).
+
+        A stall is the copy of every device's shards into host memory; devices fail one like the other (see
+        data/reliability.json).
+        """
         if self.step is None:
             return None
         facts = reliability()
-        stall = self.checkpoint_bytes / self.cluster.devices / facts["checkpoint_copy_bytes_s"]
+        stall = self.checkpoint_bytes / self.setup.degrees["shard"] / facts["checkpoint_copy_bytes_s"]
         between_failures = facts["device_hours_between_failures"] * 3600 / self.cluster.devices
         return max(1, round(math.sqrt(2 * stall * between_failures) / self.step.total))
 
@@ -149,10 +152,9 @@ def plan(
     rows = run.train.micro_batch_size
     setup = memory.set_up(run, model_config, cluster.gpu.device(), cluster.devices)
     traces = memory.trace_model(setup, rows)
-    parts = _parts(setup, traces, rows)
+    parts = _parts(cluster, setup, traces, rows)
     fits = _fits(cluster, parts)
     step = timing.step_of(setup, traces, rows)
-    whole = setup.micro_batches(rows) * rows * setup.processes
     trained = sum(
         weight.elements(1) for weights in (*traces.layer_weights, traces.root_weights) for weight in weights
         if weight.trained
@@ -167,7 +169,7 @@ def plan(
         changes=[] if fits else _changes(setup, traces, cluster),
         step=timing.step_time(setup, step, cluster, calibration) if calibration else None,
         tokens_per_step=run.train.global_batch_size * run.data.sequence_length,
-        model_flops=traces.flops_of_row * whole,
+        model_flops=traces.flops_of_row * run.train.global_batch_size,
         steps=steps,
         checkpoint_bytes=trained * 3 * setup.master_dtype.itemsize,
         calibration=calibration,
@@ -175,9 +177,9 @@ def plan(
     )
 
 
-def _parts(setup: memory.Setup, traces: memory.Traces, micro_batch: int) -> dict[str, int]:
+def _parts(cluster: Cluster, setup: memory.Setup, traces: memory.Traces, micro_batch: int) -> dict[str, int]:
     parts = memory.peak(setup, traces, micro_batch)
-    return parts | {"margin": memory.margin(setup, parts)}
+    return parts | {"margin": memory.margin(setup, parts) + cluster.gpu.withheld}
 
 
 def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:
@@ -185,19 +187,19 @@ def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:
 
 
 def _largest_micro_batch(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> int:
-    """The largest that fits, up to what a step has for each process.
+    """The largest that fits, up to what a step has for each process (or the recipe's own, where that is more).
 
     What the model keeps and needs grows evenly with the rows; two traces tell how.
     """
     rows = setup.run.train.micro_batch_size
-    most = max(1, setup.run.train.global_batch_size // setup.processes)
+    most = max(rows, setup.run.train.global_batch_size // setup.processes)
 
     if cluster.gpu.memory is None:
         return most
 
     def needs(size: int, second: memory.Traces, other: int) -> bool:
         line = memory.between(traces, rows, second, other, size)
-        return _fits(cluster, _parts(memory.with_micro_batch(setup, size), line, size))
+        return _fits(cluster, _parts(cluster, memory.with_micro_batch(setup, size), line, size))
 
     other, low = 2 * rows, 0
     for _ in range(2):  # once from afar, then from where the answer seems to be
@@ -217,7 +219,7 @@ def _smallest_shard_degree(setup: memory.Setup, traces: memory.Traces, cluster: 
         return None
     rows = setup.run.train.micro_batch_size
     for degree in (d for d in range(1, setup.processes + 1) if setup.processes % d == 0):
-        if _fits(cluster, _parts(memory.with_shard_degree(setup, degree), traces, rows)):
+        if _fits(cluster, _parts(cluster, memory.with_shard_degree(setup, degree), traces, rows)):
             return degree
     return None
 
@@ -228,7 +230,7 @@ def _changes(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> li
     rows, parallel = setup.run.train.micro_batch_size, setup.run.parallel
 
     def tried(setting: str, changed: memory.Setup, its_traces: memory.Traces, cost: str) -> None:
-        parts = _parts(changed, its_traces, changed.run.train.micro_batch_size)
+        parts = _parts(cluster, changed, its_traces, changed.run.train.micro_batch_size)
         found.append(Change(setting, sum(parts.values()), _fits(cluster, parts), cost))
 
     if setup.processes > 1 and setup.degrees["shard"] < setup.processes:
@@ -282,12 +284,18 @@ def find_model_config(run: TrainingRun, vocab_size: int | None) -> PretrainedCon
         return sized_config(model.preset, max(own or 0, vocab_size or 0))
     if model.config is not None or model.pretrained is not None:
         return build.read_config(model.config or model.pretrained or "")
-    folder = Path((run.train.start_from or "").partition("@")[0]) / "model"
+    start = Path(run.train.start_from or "")
+    folder = start.with_name(start.name.partition("@")[0]) / "model"
+    if not folder.exists():
+        raise UserError(
+            f"the run of train.start_from {start} is not here",
+            "train it first, or plan with --train.start_from null and the --model.preset or --model.config that it has",
+        )
     return build.read_config(str(folder))
 
 
 def count_steps(run: TrainingRun, tokens: int | None) -> int:
-    """The steps of a run.
+    """The steps that a run takes: of one that goes on where another stopped, those that are left.
 
     Args:
         run: Its stores are asked where they must be, and are there.
@@ -296,13 +304,32 @@ def count_steps(run: TrainingRun, tokens: int | None) -> int:
     Raises:
         UserError: They cannot be known.
     """
+    steps = _all_steps(run, tokens)
+    if run.train.start_state == "weights":
+        return steps
+    from tsumugu.training.checkpoint import resolve
+
+    return max(0, steps - resolve(run.train.start_from or "")[1])
+
+
+def _all_steps(run: TrainingRun, tokens: int | None) -> int:
     train, length = run.train, run.data.sequence_length
     if train.max_steps is not None:
         return train.max_steps
     if train.max_tokens is not None:
+        if run.data.packing != "concatenate":
+            raise UserError(
+                f"train.max_tokens counts full rows, data.packing {run.data.packing} has shorter ones",
+                "set train.max_epochs or train.max_steps",
+            )
         return math.ceil(train.max_tokens / (train.global_batch_size * length))
     assert train.max_epochs is not None
     if tokens is not None:
+        if run.data.packing in ("pad_left", "pad_right"):
+            raise UserError(
+                f"--tokens does not tell the rows of data.packing {run.data.packing}, each of which is an example",
+                "plan where the store is, or give --train.max_epochs null --train.max_steps N",
+            )
         return math.ceil(train.max_epochs * tokens / (train.global_batch_size * length))
     if not all((Path(entry.path) / "manifest.json").exists() for entry in run.data.entries):
         missing = ", ".join(entry.path for entry in run.data.entries)

@@ -39,11 +39,9 @@ def probe(run: TrainingRun, asked: Asked, file: Path) -> str:
     gpu = with_nominal_rates(cluster.gpu)
     if gpu.half_flops is None or gpu.bandwidth is None:
         raise UserError(f"the peaks of {gpu.name} are not known", "plan knows those of data/instances.json")
-    rows = run.train.micro_batch_size
-    train = dataclasses.replace(
-        run.train, max_steps=STEPS, max_tokens=None, max_epochs=None, global_batch_size=2 * rows, log_to=[]
-    )
-    short = dataclasses.replace(run, train=train, data=dataclasses.replace(run.data, audit="off"))
+    if not file.parent.is_dir():
+        raise UserError(f"--probe {file}: there is no folder {file.parent}", "make it first")
+    rows, short = run.train.micro_batch_size, _short(run)
     seconds, peak = _measure(short)
     setup = memory.set_up(short, planning.find_model_config(short, asked.vocab_size), gpu.device(), 1)
     kernels = timing.whole(timing.step_of(setup, memory.trace_model(setup, rows), rows))
@@ -56,9 +54,22 @@ def probe(run: TrainingRun, asked: Asked, file: Path) -> str:
     source = f"{gpu.name}, {today}, torch {torch.__version__}, transformers {transformers.__version__}: {STEPS} steps"
     calibration = dataclasses.replace(calibration, source=source)
     measured = {"step_seconds": seconds, "memory_peak_gib": peak / planning.GIB if peak else None}
-    file.write_text(json.dumps(dataclasses.asdict(calibration) | {"measured": measured}, indent=1) + "\n", "utf-8")
+    content = dataclasses.asdict(calibration) | {"device": gpu.name, "measured": measured}
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
     tokens = 2 * rows * run.data.sequence_length / seconds
     return f"{file}: {tokens:,.0f} tokens/s on one device ({source})"
+
+
+def _short(run: TrainingRun) -> TrainingRun:
+    """The run on one device and for few steps, without what needs more of either."""
+    train = dataclasses.replace(
+        run.train, max_steps=STEPS, max_tokens=None, max_epochs=None, global_batch_size=2 * run.train.micro_batch_size,
+        start_state="weights", profile_steps=None, memory_snapshot=None, log_to=[],
+    )  # fmt: skip
+    data = dataclasses.replace(run.data, store=run.data.entries[0].path, stores=[], stages=[], audit="off")
+    schedule = dataclasses.replace(run.schedule, kind="constant", warmup_steps=0, decay_steps=None)
+    parallel = dataclasses.replace(run.parallel, shard_degree=None, replicate_degree=None)
+    return dataclasses.replace(run, train=train, data=data, schedule=schedule, parallel=parallel)
 
 
 def with_nominal_rates(gpu: instances.Gpu) -> instances.Gpu:

@@ -77,6 +77,13 @@ class Kernels:
         result._rows = self._rows[self._rows[:, 0] == KINDS.index(kind)]
         return result
 
+    def merged(self) -> "Kernels":
+        """With those that are alike, as in layers that are alike, as one that runs so much more often."""
+        kernels, which = np.unique(self._rows[:, :3], axis=0, return_inverse=True)
+        result = Kernels(())
+        result._rows = np.column_stack([kernels, np.bincount(which.reshape(-1), weights=self._rows[:, 3])])
+        return result
+
     def repeated(self, times: int) -> "Kernels":
         result = Kernels(())
         result._rows = self._rows * [1, 1, 1, times]
@@ -145,7 +152,7 @@ def whole(step: Step) -> Kernels:
     result = step.rest
     for kernels in (*step.forward, *step.backward):
         result += kernels.repeated(step.micro_batches)
-    return result
+    return result.merged()
 
 
 def _gather(weights: Sequence[Weight], shards: int, wide: int) -> Work:
@@ -187,9 +194,9 @@ def _optimizer(setup: Setup, elements: Sequence[int]) -> Work:
 
 
 def step_time(setup: Setup, step: Step, cluster: Cluster, calibration: Calibration) -> StepTime | None:
-    """Seconds of a step; None where the device's rates are not known."""
+    """Seconds of a step; None where the device's rates are not known, or where it waits for the host."""
     flops, bandwidth = cluster.gpu.flops(setup.dtype), cluster.gpu.bandwidth
-    if flops is None or bandwidth is None:
+    if flops is None or bandwidth is None or waits_for_host(setup):
         return None
     forward = [kernels.seconds(flops, bandwidth, calibration) for kernels in step.forward]
     backward = [kernels.seconds(flops, bandwidth, calibration) for kernels in step.backward]
@@ -202,6 +209,11 @@ def step_time(setup: Setup, step: Step, cluster: Cluster, calibration: Calibrati
     rest = step.rest.seconds(flops, bandwidth, calibration)
     count = step.micro_batches
     return StepTime(count * sum(forward), count * sum(backward), rest, count * waits)
+
+
+def waits_for_host(setup: Setup) -> bool:
+    """Whether a step also takes what nothing here knows the rate of: copies to the host and back, its own AdamW."""
+    return setup.on_cuda and (setup.parallel.offload_activations or setup.parallel.offload_optimizer)
 
 
 def _gathering(setup: Setup, cluster: Cluster, calibration: Calibration, size: int) -> float:
@@ -298,10 +310,16 @@ def shipped(gpu: Gpu, file: Path | None = None) -> Calibration | None:
     """
     if file is not None:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            return Calibration(**{key: found[key] for key in Calibration.__dataclass_fields__ if key in found})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = Calibration(**{key: content[key] for key in Calibration.__dataclass_fields__ if key in content})
+            if not all(value > 0 for name, value in vars(found).items() if name != "source"):
+                raise ValueError("efficiencies are positive numbers")
+            device = str(content.get("device", gpu.name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is no calibration: {error}", "make one with `tsumugu plan --probe FILE`") from None
+        if device != gpu.name and "CPU" in (device, gpu.name):
+            raise UserError(f"{file} was measured on {device}, the plan is for {gpu.name}", "leave --calibration out")
+        return found if device == gpu.name else replace(found, source=f"{found.source}; {gpu.name} was not measured")
     text = resources.files("tsumugu.plan").joinpath("data/calibrations.json").read_text(encoding="utf-8")
     known: dict[str, Any] = json.loads(text)
     if gpu.name == "CPU" or not known:

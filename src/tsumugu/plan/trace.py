@@ -14,7 +14,7 @@ import contextlib
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -508,7 +508,7 @@ def _trace_compiled(
     first, second = _graphs(forward, call, config.activation_memory_budget)
     for parameter in parameters:
         parameter.grad = None
-    return _of_graphs(first, second, call, sum(p.nbytes for p in parameters), on_cuda, Fraction(1))
+    return _of_graphs(Graphs(first, second, call, sum(p.nbytes for p in parameters), on_cuda, Fraction(1)))
 
 
 def _graphs(forward: Callable, call: Call, budget: float | None) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -538,35 +538,36 @@ def _graphs(forward: Callable, call: Call, budget: float | None) -> tuple[fx.Gra
 
 @dataclass(frozen=True)
 class Graphs:
-    """A compiled layer's graphs of forward and backward, and how they were called."""
+    """A compiled layer's graphs of forward and backward.
+
+    Attributes:
+        first: Of forward: it returns the hidden states, then what backward needs.
+        second: Of backward: of all that, and of the gradient of the hidden states.
+        call: Of the layer.
+        gradients: Bytes of its weights' gradients.
+        on_cuda: As for `trace_layer`.
+        scale: Of the micro batch that is meant, relative to that of the graphs.
+    """
 
     first: fx.GraphModule
     second: fx.GraphModule
     call: Call
     gradients: int
     on_cuda: bool
+    scale: Fraction
 
     def at(self, scale: Fraction) -> "Layer":
-        """The layer for micro batches so many times as large; all but weights and their gradients grows with them."""
-        return _of_graphs(self.first, self.second, self.call, self.gradients, self.on_cuda, scale)
+        """The bytes of the layer for micro batches so many times as large; all but weights and their gradients grows
+        with them. Its kernels stay those of the graphs: time is told from a trace of its own."""
+        return _of_graphs(replace(self, scale=self.scale * scale))
 
 
-def _of_graphs(
-    first: fx.GraphModule, second: fx.GraphModule, call: Call, gradients: int, on_cuda: bool, scale: Fraction
-) -> Layer:
-    """Bytes of a compiled layer.
-
-    Args:
-        first: The graph of forward: it returns the hidden states, then what backward needs.
-        second: The graph of backward: of all that, and of the gradient of the hidden states.
-        call: Of the layer.
-        gradients: Bytes of its weights' gradients.
-        on_cuda: As for `trace_layer`.
-        scale: Of the micro batch, relative to that of the graphs.
-    """
-    forward, backward = _Graph(first, on_cuda, scale), _Graph(second, on_cuda, scale)
+def _of_graphs(graphs: Graphs) -> Layer:
+    """Bytes and kernels of a compiled layer."""
+    call = graphs.call
+    forward, backward = (_Graph(each, graphs.on_cuda, graphs.scale) for each in (graphs.first, graphs.second))
     backward.fixed = {backward.buffer(node) for node in backward.outputs if not _is_hidden(node, call)}
-    by_name = {node.name: node for node in first.graph.nodes}
+    by_name = {node.name: node for node in graphs.first.graph.nodes}
     hidden = [node for node in forward.placeholders if _is_hidden(node, call)]
     there = {node for node in forward.placeholders if node not in hidden}
     saved: dict[fx.Node, int] = {}
@@ -585,11 +586,11 @@ def _of_graphs(
         saved=sum(saved.values()),
         offloadable=sum(size for size in saved.values() if size >= SMALLEST_OFFLOADED),
         backward=backward.peak(held, frees=True),
-        gradients=gradients,
+        gradients=graphs.gradients,
         output=forward.bytes(forward.buffer(forward.outputs[0])),
         forward_work=forward.work(),
         backward_work=backward.work(),
-        graphs=Graphs(first, second, call, gradients, on_cuda),
+        graphs=graphs,
     )
 
 
