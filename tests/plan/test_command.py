@@ -17,7 +17,7 @@ from tsumugu.training import checkpoint
 
 KEYS = {
     *("fits", "memory_gib", "device_memory_gib", "micro_batch_size", "shard_degree", "tokens_per_second"),
-    *("step_seconds", "mfu", "days", "cost"),
+    *("step_seconds", "mfu", "days", "cost", "instance_type", "instance_count"),
 }
 
 

@@ -107,9 +107,11 @@ class Plan:
         return max(1, round(math.sqrt(2 * stall * between_failures) / self.step.total))
 
     def to_json(self) -> dict[str, Any]:
-        """With the keys of the design."""
+        """For programs; with several instances there is one for each."""
         parts = {part: size / GIB for part, size in self.parts.items()}
         return {
+            "instance_type": self.cluster.name,
+            "instance_count": self.cluster.hosts,
             "fits": self.fits,
             "memory_gib": parts | {"total": self.total / GIB},
             "device_memory_gib": None if self.device_memory is None else self.device_memory / GIB,

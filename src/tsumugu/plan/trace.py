@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import SMALLEST_OFFLOADED, recomputed
+from tsumugu.kernels.linear import SummedLinear
 from tsumugu.kernels import cross_entropy
 from tsumugu.model import attention, nf4  # noqa: F401 (they register what models call)
 from tsumugu.training.loss import summed_loss
@@ -468,7 +469,8 @@ def _trace_eager(
 ) -> Layer:
     tracker, parameters = Tracker(on_cuda, on_cuda), [p for p in layer.parameters() if p.requires_grad]
     offloaded: dict[int, int] = {}
-    weights = {id(p.untyped_storage()) for p in layer.parameters()}
+    sums = [module.weight_sum.total for module in layer.modules() if isinstance(module, SummedLinear)]
+    weights = {id(tensor.untyped_storage()) for tensor in [*layer.parameters(), *sums]}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
