@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from tsumugu.config import ParallelConfig
 from tsumugu.distributed.parallelize import SMALLEST_OFFLOADED, recomputed
-from tsumugu.kernels.linear import SummedLinear
 from tsumugu.kernels import cross_entropy
+from tsumugu.kernels.linear import SummedLinear
 from tsumugu.model import attention, nf4  # noqa: F401 (they register what models call)
 from tsumugu.training.loss import summed_loss
 
