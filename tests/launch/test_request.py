@@ -98,7 +98,8 @@ def test_the_request_has_what_the_flags_say(dry_run):
 
 def test_every_field_is_one_that_the_service_knows(dry_run):
     given, channel = SITE | {"network_isolation": False}, "data=fsx://fs-0123456789abcdef0/mount/corpora"
-    made = dry_run("--spot", site=given, channel=channel, bucket=None, role=None, image=None)
+    changes = {"instance_type": "ml.p3.16xlarge", "bucket": None, "role": None, "image": None}
+    made = dry_run("--spot", site=given, channel=channel, **changes)
     members = get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape.members
     assert made.keys() <= members.keys()
     [_, data] = made["InputDataConfig"]
@@ -117,6 +118,28 @@ def test_every_field_is_one_that_the_service_knows(dry_run):
     assert made["Environment"] == SITE["environment"] | {"MLFLOW_TRACKING_URI": SITE["mlflow"]}
     assert made["EnableInterContainerTrafficEncryption"] is True
     assert made["StoppingCondition"] == {"MaxRuntimeInSeconds": 12 * 3600, "MaxWaitTimeInSeconds": 24 * 3600}
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "takes_a_key"),
+    [
+        *((f"ml.{name}", True) for name in ("p3.16xlarge", "c5.xlarge", "m5.24xlarge", "r6i.large")),
+        *((f"ml.{name}", False) for name in ("p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge", "p5.48xlarge")),
+        *(
+            (f"ml.{name}", False)
+            for name in ("p6-b200.48xlarge", "g4dn.xlarge", "g5.xlarge", "g6e.xlarge", "r5d.large")
+        ),
+    ],
+)
+def test_hosts_with_disks_of_their_own_are_asked_for_without_a_key(instance_type, takes_a_key, dry_run):
+    """Amazon: "You can't request a VolumeKmsKeyId when using an instance type with local storage"."""
+    made = dry_run(site={"volume_kms_key": "alias/volumes"}, instance_type=instance_type)
+    assert ("VolumeKmsKeyId" in made["ResourceConfig"]) == takes_a_key
+
+
+def test_the_prefix_of_a_site_may_be_empty(dry_run):
+    made = dry_run(run_name="rinna", site={"prefix": ""})
+    assert made["CheckpointConfig"]["S3Uri"] == "s3://our-bucket/rinna/checkpoints"
 
 
 def test_preparation_is_a_processing_job(dry_run, tmp_path):
@@ -149,6 +172,7 @@ def test_preparation_is_a_processing_job(dry_run, tmp_path):
         ({"region": "us-west-2"}, ["--image", "ap-northeast-1", "us-west-2"]),
         ({"instance_type": "ml.p4.24xlarge"}, ["--instance-type", "no ml.p4.24xlarge", "did you mean ml.p4d.24xlarge"]),
         ({"instance_count": "0"}, ["--instance-count", "0 is no whole number above 0"]),
+        ({"max_hours": "673"}, ["--max-hours 673", "SageMaker takes 672"]),
         ({"max_hours": "nan"}, ["--max-hours", "nan is no number above 0"]),
         ({"run_name": "my_run"}, ["--run-name my_run", "letters, digits and -"]),
         ({"run_name": "a" * 48}, ["--run-name", "at most 47"]),
@@ -311,6 +335,7 @@ def test_the_site_file_of_the_documentation_has_every_key_and_is_accepted(dry_ru
     site = yaml.safe_load((DOCUMENTS / "site.yaml").read_text())["sagemaker"]
     assert site.keys() == {field.name for field in dataclasses.fields(SageMakerConfig)}
     changes = {"channel": "data=s3://our-models/data", "role": None, "image": None, "bucket": None}
+    changes["instance_type"] = "ml.p3.16xlarge"
     made = dry_run("--channel=model=s3://our-models/rinna", site=site, **changes)
     assert made["ResourceConfig"]["VolumeKmsKeyId"] == site["volume_kms_key"]
 

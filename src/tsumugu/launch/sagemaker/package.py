@@ -82,9 +82,7 @@ def build_wheel(folder: Path) -> Path:
         if path.is_file() and "__pycache__" not in path.parts
     }
     files[f"{information}/METADATA"] = (distribution.read_text("METADATA") or "").encode()
-    files[f"{information}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: tsumugu\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+    files[f"{information}/WHEEL"] = _WHEEL
     files[f"{information}/entry_points.txt"] = b"[console_scripts]\ntsumugu = tsumugu.cli:main\n"
     lines = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
     files[f"{information}/RECORD"] = "\n".join([*lines, f"{information}/RECORD,,", ""]).encode()

@@ -26,6 +26,10 @@ _IMAGE = re.compile(r"(?P<account>\d{12})\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-
 _RUN_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,46}")
 _FSX = re.compile(r"fsx://(?P<id>fs-[0-9a-f]+)(?P<path>/[^/].*)")
 _METRICS = 40
+_LONGEST_HOURS = 28 * 24  # botocore's words on StoppingCondition; its model has no bound
+# Families that have disks of their own, whose encryption is theirs: a request that names a key for them is refused
+# (botocore's words on VolumeKmsKeyId; EC2's user guide, "instance store volumes")
+_OWN_DISKS = re.compile(r"ml\.([a-z]+\d\w*dn?|p4de|g[5-9]\w*|p[5-9][\w-]*|gr6\w*|trn\w+)\.\w+")
 _SECTIONS_OF_A_RUN = ("model", "tokenizer", "data", "train", "optimizer", "schedule")
 _MAY_CHANGE = {
     "data.audit",
@@ -76,7 +80,7 @@ class Job:
     @property
     def prefix(self) -> str:
         """Where in the bucket the run lies, with / at its end."""
-        return f"{self.site.prefix.strip('/')}/{self.run_name}/"
+        return f"{self.site.prefix.strip('/')}/{self.run_name}/".lstrip("/")
 
     @property
     def uri(self) -> str:
@@ -87,6 +91,11 @@ class Job:
     def code_prefix(self) -> str:
         """That of the code of this job, which later jobs of the run leave as it is."""
         return f"{self.prefix}code/{self.name}/"
+
+    @property
+    def volume_key(self) -> str | None:
+        """The key of the hosts' volumes, where they have any that take one."""
+        return None if _OWN_DISKS.fullmatch(self.instance_type) else self.site.volume_kms_key
 
     @property
     def ceiling(self) -> float | None:
@@ -136,6 +145,8 @@ def check_job(job: Job, region: str | None) -> None:
             f"--max-wait-hours {job.max_wait_hours:g} is below --max-hours, or without --spot",
             "it counts waiting and running with --spot",
         )
+    if job.max_hours > _LONGEST_HOURS:
+        raise UserError(f"--max-hours {job.max_hours:g}: SageMaker takes {_LONGEST_HOURS}", "go on in another job")
     if job.stage == "prepare" and (job.instance_count > 1 or job.spot or job.keep_alive_minutes):
         raise UserError(
             "--stage prepare runs on one instance, without --spot and --keep-alive-minutes",
@@ -291,10 +302,7 @@ def _training(job: Job) -> dict[str, Any]:
         "HyperParameters": {"recipe": "recipe.yaml", "run_name": job.run_name},
         "InputDataConfig": [
             _s3_channel(CODE_CHANNEL, f"s3://{job.bucket}/{job.code_prefix}") | {"InputMode": "File"},
-            *(
-                _fsx_channel(name, uri) if uri.startswith("fsx://") else _s3_channel(name, uri)
-                for name, uri in job.channels.items()
-            ),
+            *(_channel(name, uri) for name, uri in job.channels.items()),
         ],
         "OutputDataConfig": {"S3OutputPath": f"{job.uri}/output", "CompressionType": "NONE"},
         "CheckpointConfig": {"S3Uri": f"{job.uri}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
@@ -318,8 +326,8 @@ def _training(job: Job) -> dict[str, Any]:
         request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = job.keep_alive_minutes * 60
     if site.training_plan:
         request["ResourceConfig"]["TrainingPlanArn"] = site.training_plan
-    if site.volume_kms_key:
-        request["ResourceConfig"]["VolumeKmsKeyId"] = site.volume_kms_key
+    if job.volume_key:
+        request["ResourceConfig"]["VolumeKmsKeyId"] = job.volume_key
     if site.output_kms_key:
         request["OutputDataConfig"]["KmsKeyId"] = site.output_kms_key
     if site.subnets:
@@ -346,8 +354,8 @@ def _processing(job: Job) -> dict[str, Any]:
         "EnableNetworkIsolation": site.network_isolation,
         "EnableInterContainerTrafficEncryption": site.encrypt_traffic,
     }
-    if site.volume_kms_key:
-        cluster["VolumeKmsKeyId"] = site.volume_kms_key
+    if job.volume_key:
+        cluster["VolumeKmsKeyId"] = job.volume_key
     if site.output_kms_key:
         output["KmsKeyId"] = site.output_kms_key
     if site.subnets:
