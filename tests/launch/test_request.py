@@ -15,6 +15,7 @@ from botocore.session import get_session
 from support.runs import run_config
 
 from tsumugu.cli import main
+from tsumugu.config import Preparation, PrepareConfig, SlurmConfig, Source
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker import check, package, request, service
 from tsumugu.launch.sagemaker.site import SageMakerConfig, load_site
@@ -278,6 +279,21 @@ def test_what_decides_whether_it_is_the_same_run():
     assert request.identity(run_config("channel:d", again)) == first
     other = request.identity(run_config("channel:d", changes | {"train.seed": 7}))
     assert {key for key in first if first[key] != other[key]} == {"train.seed"}
+
+
+def test_a_preparation_takes_no_path_of_this_machine_along_and_may_have_other_workers():
+    def preparation(**changes) -> Preparation:
+        source = Source(name="a", path="channel:text/a")
+        return Preparation(prepare=PrepareConfig(sources=[source], tokenizer="channel:tok", **changes))
+
+    channels = {"text": "s3://b/t", "tok": "s3://b/tok"}
+    slurm = SlurmConfig(setup="source /home/me/venv/bin/activate")
+    first = request.adapt(preparation(output="/home/me/a", executor="slurm", slurm=slurm), channels, 1)
+    assert "/home/me" not in request.to_yaml(first)
+    again = request.adapt(preparation(output="stores/b", workers=3), channels, 1)
+    assert request.identity(again) == request.identity(first)
+    other = request.adapt(preparation(output="stores/b", deduplicate="exact"), channels, 1)
+    assert request.identity(other) != request.identity(first)
 
 
 def test_the_checker_finds_what_botocores_does_not():

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tsumugu import config
-from tsumugu.config import Preparation, TrainingRun
+from tsumugu.config import Preparation, SlurmConfig, TrainingRun
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker.site import SageMakerConfig, refuse_credentials
 from tsumugu.training.metrics import metric_definitions
@@ -34,6 +34,7 @@ _SECTIONS_OF_A_RUN = ("model", "tokenizer", "data", "train", "optimizer", "sched
 _MAY_CHANGE = {
     "data.audit",
     *(f"train.{key}" for key in ("micro_batch_size", "max_hours", "stop_after", "profile_steps", "memory_snapshot")),
+    "prepare.workers",
     *(f"train.{key}" for key in ("log_every", "log_norms", "log_to", "hang_timeout")),
 }
 _KEPT = 3  # checkpoints at least
@@ -174,7 +175,8 @@ def _check_channel(job: Job, name: str, uri: str) -> None:
 
 
 def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
-    """The recipe as the container reads it: `model` in place of a hub's model, an end in time, and enough checkpoints.
+    """The recipe as the container reads it: `model` in place of a hub's model, an end in time, and enough checkpoints;
+    of a preparation, the container's folder for the store.
 
     Raises:
         UserError: It has paths of this machine, or a credential, or channels that are not given.
@@ -193,6 +195,9 @@ def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
         if recipe.train.max_hours is None:
             hours = round(max(max_hours - 0.25, 0.9 * max_hours), 4)  # the rest: wheels, the last upload, an export
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_hours=hours))
+    else:  # where it would be written here, and by which cluster, is nobody's business in the bucket
+        prepare = dataclasses.replace(recipe.prepare, output=f"{OUTPUT}/store", executor="local", slurm=SlurmConfig())
+        recipe = dataclasses.replace(recipe, prepare=prepare)
     for key, path in _paths(recipe):
         if not path.startswith("channel:"):
             folder = Path(path).name
@@ -230,10 +235,9 @@ def to_yaml(recipe: Any) -> str:
 
 def identity(recipe: Any) -> dict[str, Any]:
     """Keys and values that may not change while a run goes on; what they stand for is checked in the container."""
-    if not isinstance(recipe, TrainingRun):
-        return {"stage": "prepare"} | _flat(dataclasses.asdict(recipe))
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _SECTIONS_OF_A_RUN}
-    return {"stage": "train"} | {key: value for key, value in _flat(sections).items() if key not in _MAY_CHANGE}
+    stage, names = ("train", _SECTIONS_OF_A_RUN) if isinstance(recipe, TrainingRun) else ("prepare", ("prepare",))
+    sections = _flat({name: dataclasses.asdict(getattr(recipe, name)) for name in names})
+    return {"stage": stage} | {key: value for key, value in sections.items() if key not in _MAY_CHANGE}
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
