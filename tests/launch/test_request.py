@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from botocore.session import get_session
 from support.runs import run_config
 
 from tsumugu.cli import main
-from tsumugu.config import Preparation, PrepareConfig, SlurmConfig, Source
+from tsumugu.config import LoraConfig, Preparation, PrepareConfig, SlurmConfig, Source
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker import check, package, request, service
 from tsumugu.launch.sagemaker.site import SageMakerConfig, load_site
@@ -339,12 +340,32 @@ def test_wheels_of_what_the_image_lacks_are_asked_for_without_torch(tmp_path, mo
         return subprocess.CompletedProcess(command, 0, json.dumps({"install": found}), "")
 
     monkeypatch.setattr(package.subprocess, "run", run)
-    package.download_wheels(package.requirements("train", lora=True), tmp_path, "3.12")
+    package.download_wheels(package.requirements("train", {"lora"}), tmp_path, "3.12")
     resolve, download = commands
     assert any(word.startswith("peft") for word in resolve)
     assert not any(re.match(r"(torch|datatrove)\b", word) for word in resolve)
     assert "--dry-run" in resolve
     assert [word for word in download if word.endswith("==1")] == ["peft==1"]
+
+
+def test_what_a_recipe_needs_beside_goes_along(monkeypatch):
+    """As pyproject.toml declares it: what is installed for tests may be older."""
+    project = tomllib.loads((DOCUMENTS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [f'{line}; extra == "{name}"' for name, of in project["optional-dependencies"].items() for line in of]
+    monkeypatch.setattr(package.metadata, "requires", lambda _: [*project["dependencies"], *declared])
+
+    def needs(stage: str, recipe) -> set[str]:
+        lines = set(package.requirements(stage, request.extras(recipe))) - set(package.requirements(stage))
+        return {re.split(r"[^\w-]", line)[0] for line in lines}
+
+    changes = {"train.max_steps": 3, "model.preset": "tiny"}
+    assert needs("train", run_config("channel:d", changes)) == set()
+    assert needs("train", run_config("channel:d", changes | {"parallel.fp8": "rowwise"})) == {"torchao"}
+    adapters = {"train.max_steps": 3, "model.pretrained": "rinna/x", "model.lora": LoraConfig(rank=8)}
+    assert needs("train", run_config("channel:d", adapters)) == {"peft", "bitsandbytes"}
+    for path, found in (("s3://bucket/a", {"boto3", "s3fs"}), ("channel:a", set())):
+        prepare = PrepareConfig(sources=[Source(name="a", path=path)], tokenizer="channel:t", output="x")
+        assert needs("prepare", Preparation(prepare=prepare)) == found
 
 
 def test_the_site_file_of_the_documentation_has_every_key_and_is_accepted(dry_run):

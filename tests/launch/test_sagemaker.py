@@ -348,6 +348,18 @@ def test_how_a_job_stands(service, recipe, short, line, capsys):
     assert "is no command" in line(["launch", "sagemaker", "restart", job.name])
 
 
+def test_when_the_log_can_no_longer_be_read_it_says_that_the_job_goes_on(service, recipe, short, line, monkeypatch):
+    assert main([*flags(short, run_name="long", wheels="none"), "--detach"]) == 0
+    [job] = service.jobs.values()
+
+    def expire(*_):
+        raise UserError("the AWS credentials have expired", "log in again")
+
+    monkeypatch.setattr(service_module, "_show_lines", expire)
+    said = line(["launch", "sagemaker", "logs", job.name])
+    assert said.endswith(f"(log in again; the job goes on: tsumugu launch sagemaker logs {job.name})")
+
+
 def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypatch):
     with SageMaker(tmp_path / "hosts", aws, image) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)

@@ -115,7 +115,7 @@ def _launch(options: argparse.Namespace, flags: list[str]) -> int:
             _made(folder / "code"),
             request.to_yaml(job.recipe),
             job.stage,
-            request.uses_lora(job.recipe),
+            request.extras(job.recipe),
             _made(none) if wheels == "none" else Path(wheels) if wheels else None,
             options.python,
         )
@@ -199,8 +199,12 @@ def _terms(job: "Job") -> list[str]:
 def _logs(account: "Service", name: str, options: argparse.Namespace) -> int:
     from tsumugu.launch.sagemaker import service
 
+    service.describe(account, name)
     try:
         found = service.follow(account, name, lambda line: print(line, flush=True), _PAUSE_SECONDS)
+    except UserError as error:  # such as credentials that have expired meanwhile
+        hint = f"{error.hint}; the job goes on: tsumugu launch sagemaker logs {name}"
+        raise UserError(error.message, hint) from None
     except KeyboardInterrupt:
         print(f"\nthe job goes on: tsumugu launch sagemaker logs {name}, or stop {name}", file=sys.stderr)
         return 130

@@ -224,8 +224,13 @@ def channel_paths(recipe: Any) -> list[str]:
     return [path for path in [*names, *(path for _, path in _paths(recipe))] if path and path.startswith("channel:")]
 
 
-def uses_lora(recipe: Any) -> bool:
-    return isinstance(recipe, TrainingRun) and recipe.model.lora.rank is not None
+def extras(recipe: Any) -> set[str]:
+    """Which of tsumugu's extras a job needs."""
+    if isinstance(recipe, TrainingRun):
+        used = {"lora": recipe.model.lora.rank, "fp8": recipe.parallel.fp8}
+    else:
+        used = {"aws": any(path.startswith("s3://") for _, path in _sources(recipe))}
+    return {name for name, value in used.items() if value}
 
 
 def to_yaml(recipe: Any) -> str:
