@@ -61,3 +61,10 @@ def test_the_flag_reaches_the_processes_that_are_started(tmp_path, monkeypatch, 
     assert subprocess.run(started, check=True, capture_output=True, text=True).stdout == f"{tmp_path}/some where\n"
     assert main(["train", *arguments[:2], "--channel", "data"]) == 2
     assert "is not NAME=PATH" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["data='/disk/data", "data"])
+def test_an_environment_variable_that_cannot_be_read_is_refused(text, recipe, monkeypatch):
+    monkeypatch.setenv(config.CHANNELS, text)
+    with pytest.raises(UserError, match="NAME=PATH"):
+        config.load(config.TrainingRun, [str(recipe)])

@@ -13,7 +13,7 @@ from tsumugu.launch.slurm import job_script
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEYS = {name for kind in (config.TrainingRun, config.Preparation) for name, _ in config._flag_names(kind)}
-TWINS = ("migrating-from-smp", "slurm")
+TWINS = ("migrating-from-smp", "sagemaker", "serving", "slurm")
 
 # "The SageMaker model parallel library v2 reference": core feature configuration parameters
 SMP_V2 = """hybrid_shard_degree sm_activation_offloading activation_loading_horizon fsdp_cache_flush_warnings
@@ -36,7 +36,9 @@ def parameters(page: str) -> list[set[str]]:
     return [set(re.findall(r"`([\w.-]+)`", row)) for row in rows]
 
 
-@pytest.mark.parametrize("name", ["migrating-from-smp", "migrating-from-smp.ja", "slurm", "slurm.ja"])
+@pytest.mark.parametrize(
+    "name", ["migrating-from-smp", "migrating-from-smp.ja", "sagemaker", "sagemaker.ja", "slurm", "slurm.ja"]
+)
 def test_every_key_that_is_named_exists(name):
     sections = "model|tokenizer|data|train|optimizer|schedule|parallel|checkpoint|evaluate|guard|prepare"
     named = set(re.findall(rf"`(?:--)?((?:{sections})\.\w+(?:\.\w+)?)", read(name)))

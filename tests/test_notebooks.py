@@ -127,6 +127,30 @@ def test_one_cell_is_all_that_differs_on_sagemaker(name):
     assert variables["SAGEMAKER"].keys() == {"role", "image", "bucket", "instance-type", "instance-count", "max-hours"}
 
 
+@pytest.mark.parametrize("name", ["data-preprocess", "pretrain-jp-gpt-neox", "pretrain-gpt-neox"])
+def test_what_the_cell_says_is_a_request_that_sagemaker_knows(name, tmp_path, capsys):
+    """A processing job has other types of instances than a training job."""
+    [settings] = [cell for cell in read(name) if "parameters" in cell["metadata"].get("tags", [])]
+    variables: dict = {}
+    exec("".join(settings["source"]), variables)
+    recipe = tmp_path / "recipe.yaml"
+    if name == "data-preprocess":
+        stage, inputs = "prepare", {"prepare.tokenizer": "work/tokenizer", "corpus": "work/corpus"}
+        recipe.write_text("prepare: {sources: [{name: a, path: 'channel:corpus/a.jsonl'}], output: x, tokenizer: x}")
+    else:
+        stage, inputs = "train", {"data.store": "work/store"}
+        recipe.write_text("model: {preset: tiny}\ntrain: {max_steps: 3}")
+    command = notebooks.sagemaker_command(str(recipe), "work/out", inputs, [], variables["SAGEMAKER"], stage)
+    assert main([*command, "--dry-run"]) == 0, capsys.readouterr().err
+
+
+def test_what_was_downloaded_is_not_launched_again(said, tmp_path, capsys):
+    happened = said("")
+    notebooks.launch("sagemaker", "r.yaml", str(tmp_path), {"data.store": "work/store"}, [], JOB)
+    assert not happened
+    assert str(tmp_path) in capsys.readouterr().out
+
+
 # --- what the notebooks call -----------------------------------------------------------------------------------------
 
 JOB = {"role": "arn", "image": "uri", "bucket": "b", "instance-type": "ml.p4d.24xlarge", "instance-count": 2}
@@ -192,7 +216,7 @@ def test_a_folder_is_uploaded_whole(tmp_path, capsys):
 
 def test_a_command_that_fails_ends_the_cell_and_says_why(capsys):
     with pytest.raises(RuntimeError, match="`tsumugu report` ended with exit code 2"):
-        notebooks.run("report", "missing")
+        notebooks.run("report")  # without a run: refused before anything heavy is imported
     assert "tsumugu: " in capsys.readouterr().out
 
 

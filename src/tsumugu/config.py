@@ -792,8 +792,15 @@ def load(
 
 
 def read_channels() -> dict[str, str]:
-    """Channels by name, of the environment variable CHANNELS."""
-    return dict(split_channel(text) for text in shlex.split(os.environ.get(CHANNELS, "")))
+    """Channels by name, of the environment variable CHANNELS.
+
+    Raises:
+        UserError: It is not NAME=PATH, with blanks between them.
+    """
+    try:
+        return dict(split_channel(text) for text in shlex.split(os.environ.get(CHANNELS, "")))
+    except ValueError as error:
+        raise UserError(f"{CHANNELS}: {error}", "write NAME=PATH, with blanks between them") from None
 
 
 def write_channels(channels: Mapping[str, str]) -> None:

@@ -118,6 +118,9 @@ def launch(
         return
     assert where == "sagemaker", f"LAUNCH is {where}: local and sagemaker are known"
     assert sagemaker
+    if Path(output).exists():  # a download appears when it is whole
+        print(f"{output} はすでにあります。作り直すときは、このフォルダを別の場所に移してください")
+        return
     for key, folder in inputs.items():
         _upload(folder, _place(sagemaker["bucket"], output, key))
     said = _run(*sagemaker_command(recipe, output, inputs, flags, sagemaker, stage))

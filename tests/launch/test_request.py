@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import subprocess
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from botocore.session import get_session
 from support.runs import run_config
 
 from tsumugu.cli import main
+from tsumugu.config import LoraConfig, Preparation, PrepareConfig, SlurmConfig, Source
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker import check, package, request, service
 from tsumugu.launch.sagemaker.site import SageMakerConfig, load_site
@@ -98,7 +100,8 @@ def test_the_request_has_what_the_flags_say(dry_run):
 
 def test_every_field_is_one_that_the_service_knows(dry_run):
     given, channel = SITE | {"network_isolation": False}, "data=fsx://fs-0123456789abcdef0/mount/corpora"
-    made = dry_run("--spot", site=given, channel=channel, bucket=None, role=None, image=None)
+    changes = {"instance_type": "ml.p3.16xlarge", "bucket": None, "role": None, "image": None}
+    made = dry_run("--spot", site=given, channel=channel, **changes)
     members = get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape.members
     assert made.keys() <= members.keys()
     [_, data] = made["InputDataConfig"]
@@ -117,6 +120,28 @@ def test_every_field_is_one_that_the_service_knows(dry_run):
     assert made["Environment"] == SITE["environment"] | {"MLFLOW_TRACKING_URI": SITE["mlflow"]}
     assert made["EnableInterContainerTrafficEncryption"] is True
     assert made["StoppingCondition"] == {"MaxRuntimeInSeconds": 12 * 3600, "MaxWaitTimeInSeconds": 24 * 3600}
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "takes_a_key"),
+    [
+        *((f"ml.{name}", True) for name in ("p3.16xlarge", "c5.xlarge", "m5.24xlarge", "r6i.large")),
+        *((f"ml.{name}", False) for name in ("p3dn.24xlarge", "p4d.24xlarge", "p4de.24xlarge", "p5.48xlarge")),
+        *(
+            (f"ml.{name}", False)
+            for name in ("p6-b200.48xlarge", "g4dn.xlarge", "g5.xlarge", "g6e.xlarge", "r5d.large")
+        ),
+    ],
+)
+def test_hosts_with_disks_of_their_own_are_asked_for_without_a_key(instance_type, takes_a_key, dry_run):
+    """Amazon: "You can't request a VolumeKmsKeyId when using an instance type with local storage"."""
+    made = dry_run(site={"volume_kms_key": "alias/volumes"}, instance_type=instance_type)
+    assert ("VolumeKmsKeyId" in made["ResourceConfig"]) == takes_a_key
+
+
+def test_the_prefix_of_a_site_may_be_empty(dry_run):
+    made = dry_run(run_name="rinna", site={"prefix": ""})
+    assert made["CheckpointConfig"]["S3Uri"] == "s3://our-bucket/rinna/checkpoints"
 
 
 def test_preparation_is_a_processing_job(dry_run, tmp_path):
@@ -149,6 +174,7 @@ def test_preparation_is_a_processing_job(dry_run, tmp_path):
         ({"region": "us-west-2"}, ["--image", "ap-northeast-1", "us-west-2"]),
         ({"instance_type": "ml.p4.24xlarge"}, ["--instance-type", "no ml.p4.24xlarge", "did you mean ml.p4d.24xlarge"]),
         ({"instance_count": "0"}, ["--instance-count", "0 is no whole number above 0"]),
+        ({"max_hours": "673"}, ["--max-hours 673", "SageMaker takes 672"]),
         ({"max_hours": "nan"}, ["--max-hours", "nan is no number above 0"]),
         ({"run_name": "my_run"}, ["--run-name my_run", "letters, digits and -"]),
         ({"run_name": "a" * 48}, ["--run-name", "at most 47"]),
@@ -256,6 +282,21 @@ def test_what_decides_whether_it_is_the_same_run():
     assert {key for key in first if first[key] != other[key]} == {"train.seed"}
 
 
+def test_a_preparation_takes_no_path_of_this_machine_along_and_may_have_other_workers():
+    def preparation(**changes) -> Preparation:
+        source = Source(name="a", path="channel:text/a")
+        return Preparation(prepare=PrepareConfig(sources=[source], tokenizer="channel:tok", **changes))
+
+    channels = {"text": "s3://b/t", "tok": "s3://b/tok"}
+    slurm = SlurmConfig(setup="source /home/me/venv/bin/activate")
+    first = request.adapt(preparation(output="/home/me/a", executor="slurm", slurm=slurm), channels, 1)
+    assert "/home/me" not in request.to_yaml(first)
+    again = request.adapt(preparation(output="stores/b", workers=3), channels, 1)
+    assert request.identity(again) == request.identity(first)
+    other = request.adapt(preparation(output="stores/b", deduplicate="exact"), channels, 1)
+    assert request.identity(other) != request.identity(first)
+
+
 def test_the_checker_finds_what_botocores_does_not():
     good = {"TrainingJobName": "a", "RoleArn": ROLE, "OutputDataConfig": {"S3OutputPath": "s3://b"}}
     check.check_request("CreateTrainingJob", good)
@@ -299,7 +340,7 @@ def test_wheels_of_what_the_image_lacks_are_asked_for_without_torch(tmp_path, mo
         return subprocess.CompletedProcess(command, 0, json.dumps({"install": found}), "")
 
     monkeypatch.setattr(package.subprocess, "run", run)
-    package.download_wheels(package.requirements("train", lora=True), tmp_path, "3.12")
+    package.download_wheels(package.requirements("train", {"lora"}), tmp_path, "3.12")
     resolve, download = commands
     assert any(word.startswith("peft") for word in resolve)
     assert not any(re.match(r"(torch|datatrove)\b", word) for word in resolve)
@@ -307,32 +348,52 @@ def test_wheels_of_what_the_image_lacks_are_asked_for_without_torch(tmp_path, mo
     assert [word for word in download if word.endswith("==1")] == ["peft==1"]
 
 
+def test_what_a_recipe_needs_beside_goes_along(monkeypatch):
+    """As pyproject.toml declares it: what is installed for tests may be older."""
+    project = tomllib.loads((DOCUMENTS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [f'{line}; extra == "{name}"' for name, of in project["optional-dependencies"].items() for line in of]
+    monkeypatch.setattr(package.metadata, "requires", lambda _: [*project["dependencies"], *declared])
+
+    def needs(stage: str, recipe) -> set[str]:
+        lines = set(package.requirements(stage, request.extras(recipe))) - set(package.requirements(stage))
+        return {re.split(r"[^\w-]", line)[0] for line in lines}
+
+    changes = {"train.max_steps": 3, "model.preset": "tiny"}
+    assert needs("train", run_config("channel:d", changes)) == set()
+    assert needs("train", run_config("channel:d", changes | {"parallel.fp8": "rowwise"})) == {"torchao"}
+    adapters = {"train.max_steps": 3, "model.pretrained": "rinna/x", "model.lora": LoraConfig(rank=8)}
+    assert needs("train", run_config("channel:d", adapters)) == {"peft", "bitsandbytes"}
+    for path, found in (("s3://bucket/a", {"boto3", "s3fs"}), ("channel:a", set())):
+        prepare = PrepareConfig(sources=[Source(name="a", path=path)], tokenizer="channel:t", output="x")
+        assert needs("prepare", Preparation(prepare=prepare)) == found
+
+
 def test_the_site_file_of_the_documentation_has_every_key_and_is_accepted(dry_run):
     site = yaml.safe_load((DOCUMENTS / "site.yaml").read_text())["sagemaker"]
     assert site.keys() == {field.name for field in dataclasses.fields(SageMakerConfig)}
     changes = {"channel": "data=s3://our-models/data", "role": None, "image": None, "bucket": None}
+    changes["instance_type"] = "ml.p3.16xlarge"
     made = dry_run("--channel=model=s3://our-models/rinna", site=site, **changes)
     assert made["ResourceConfig"]["VolumeKmsKeyId"] == site["volume_kms_key"]
 
 
 def test_the_policies_of_the_documentation_allow_what_is_called():
-    allowed: set[str] = set()
+    allowed: dict[str, set[str]] = {}
     for path in DOCUMENTS.glob("*.json"):
+        allowed[path.stem] = set()
         for statement in json.loads(path.read_text())["Statement"]:
             assert statement["Effect"] == "Allow"
             actions = statement["Action"]
-            allowed |= {actions} if isinstance(actions, str) else set(actions)
-            assert not any("*" in action for action in allowed)
+            allowed[path.stem] |= {actions} if isinstance(actions, str) else set(actions)
+        assert not any("*" in action for action in allowed[path.stem])
     called = set(re.findall(r"\.((?:create|describe|stop)_(?:training|processing)_job)\b", inspect.getsource(service)))
     assert len(called) == 6
-    assert {f"sagemaker:{xform_back(name)}" for name in called} <= allowed
-    assert {
-        "iam:PassRole",
-        "sts:AssumeRole",
-        "logs:GetLogEvents",
-        "logs:DescribeLogStreams",
-        "s3:ListBucket",
-    } <= allowed
+    assert {f"sagemaker:{xform_back(name)}" for name in called} <= allowed["user"]
+    also = {"iam:PassRole", "sagemaker:AddTags", "logs:GetLogEvents", "logs:DescribeLogStreams"}
+    assert also | {"s3:ListBucket", "s3:GetObject", "s3:PutObject"} <= allowed["user"]
+    assert allowed["trust"] == {"sts:AssumeRole"}
+    assert {"s3:DeleteObject", "logs:PutLogEvents", "cloudwatch:PutMetricData"} <= allowed["job"]
+    assert not any(action.startswith(("iam:", "sagemaker:")) for action in allowed["job"])
 
 
 def xform_back(name: str) -> str:

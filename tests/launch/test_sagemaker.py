@@ -5,6 +5,7 @@ uninterrupted run on one machine makes, bit for bit.
 """
 
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -12,7 +13,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import botocore.loaders
 import pytest
 import yaml
 from botocore.exceptions import ClientError
@@ -22,12 +25,22 @@ from support.containers import write_data
 from support.runs import figures
 
 from tsumugu.cli import main
+from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.launch.sagemaker import command
+from tsumugu.launch.sagemaker import service as service_module
 from tsumugu.training.checkpoint import complete_steps
 
 ROLE = "arn:aws:iam::123456789012:role/tsumugu"
 IMAGE = f"123456789012.dkr.ecr.{REGION}.amazonaws.com/tsumugu:1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def models_read_once():
+    """Every session of boto3 reads its services' models for itself otherwise: a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.loaders, "create_loader", functools.cache(botocore.loaders.create_loader))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +141,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert not bucket.keys(first.model)
 
         time.sleep(1.1)  # jobs are named by the second
-        launching = threading.Thread(
-            target=lambda: codes.append(main([*launch, "--spot", "--log_every_is_mine=1"][:-1]))
-        )
+        launching = threading.Thread(target=lambda: codes.append(main([*launch, "--spot"])))
         codes: list[int] = []
         launching.start()
         wait_for(lambda: len(service.jobs) == 2)
@@ -221,9 +232,56 @@ def test_what_is_missing_in_s3_is_one_line_before_anything_is_started(service, r
     assert "channel:data: s3://bucket/dta holds nothing" in line(flags(short, channel="data=s3://bucket/dta"))
     said = line([*flags(short), "--data.store=channel:data/nothing"])
     assert "channel:data/nothing: s3://bucket/data/nothing holds nothing" in said
+    said = line([*flags(short), "--data.store=channel:data/stor"])  # what begins likewise is something else
+    assert "channel:data/stor: s3://bucket/data/stor holds nothing" in said
+    assert "channel:data: s3://bucket/dat holds nothing" in line(flags(short, channel="data=s3://bucket/dat"))
     for changes in ({"channel": "data=s3://nobodys-bucket/data"}, {"bucket": "nobodys-bucket"}):
         assert "bucket nobodys-bucket: " in line(flags(short, wheels="none", **changes))
     assert not service.jobs
+
+
+def test_what_a_recipe_may_name_in_a_channel(recipe, aws):
+    """A file, a folder, a glob, a step of a run, the channel itself."""
+    there = service_module.Service(REGION)
+    names = ("manifest.json", "", "/", "*/00000.bin", "train", "train/", "train/0[0-9]*.bin")
+    assert all(service_module._holds(there, "s3://bucket/data/store/", name) for name in names)
+    assert not any(service_module._holds(there, "s3://bucket/data/store/", name) for name in ("trai", "x*", "train/1"))
+    bucket = Bucket(aws)
+    bucket.put_file(recipe, "s3://bucket/runs/base/config.yaml")
+    job = SimpleNamespace(channels={"runs": "s3://bucket/runs", "lustre": "fsx://fs-01/m/x"})
+    service_module.check_channels(there, job, ["channel:runs/base@8000", "channel:lustre/y"])
+    with pytest.raises(UserError, match=r"channel:runs/bas@8000: s3://bucket/runs/bas holds nothing"):
+        service_module.check_channels(there, job, ["channel:runs/bas@8000"])
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside"])
+def test_no_object_is_downloaded_to_outside_of_the_folder(name, aws, tmp_path):
+    key = f"crafted-{name.count('/')}-{name[0] == '/'}/{name}"
+    client("s3", aws).put_object(Bucket="bucket", Key=key, Body=b"x")
+    with pytest.raises(UserError, match="outside of the folder"):
+        service_module.download(
+            service_module.Service(REGION), f"s3://bucket/{key.split('/')[0]}", tmp_path / "a" / "b"
+        )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_of_two_launches_at_a_time_one_is_refused(service, recipe, short, line, monkeypatch):
+    """The other one claims the run while this one uploads its code: for a new run, and for one that goes on."""
+    launch = [*flags(short, run_name="both", wheels="none"), "--detach"]
+    upload = service_module.upload
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(service_module, "upload", upload)
+        assert main(launch) == 0
+        return upload(*arguments)
+
+    for jobs in (1, 2):
+        time.sleep(1.1)  # jobs are named by the second
+        monkeypatch.setattr(service_module, "upload", meanwhile)
+        assert "--run-name both: somebody else launches it" in line(launch)
+        assert len(service.jobs) == jobs
+        for job in service.jobs.values():
+            job.status = "Failed"
 
 
 def test_without_credentials_region_or_network(service, recipe, short, line, monkeypatch):
@@ -238,6 +296,8 @@ def test_without_credentials_region_or_network(service, recipe, short, line, mon
     assert "no AWS region is set" in line(launch)
     monkeypatch.setitem(sys.modules, "boto3", None)
     assert "pip install 'tsumugu[aws]'" in line(launch)
+    monkeypatch.setitem(sys.modules, "botocore.validate", None)
+    assert "pip install 'tsumugu[aws]'" in line([*launch, "--dry-run"])
 
 
 def test_a_prefix_that_holds_another_run_is_refused(service, recipe, short, line, aws):
@@ -282,8 +342,22 @@ def test_how_a_job_stands(service, recipe, short, line, capsys):
     said = capsys.readouterr().out
     assert "AlgorithmError: no space left" in said
     assert "2 ml.g5.xlarge, 0.0" in said
+    job.reason = "AlgorithmError: interrupted before its end, the checkpoint of step 7 is saved, exit code: 3"
+    assert main(["launch", "sagemaker", "status", job.name]) == 3
     assert "there is nothing to stop" in line(["launch", "sagemaker", "stop", job.name])
     assert "is no command" in line(["launch", "sagemaker", "restart", job.name])
+
+
+def test_when_the_log_can_no_longer_be_read_it_says_that_the_job_goes_on(service, recipe, short, line, monkeypatch):
+    assert main([*flags(short, run_name="long", wheels="none"), "--detach"]) == 0
+    [job] = service.jobs.values()
+
+    def expire(*_):
+        raise UserError("the AWS credentials have expired", "log in again")
+
+    monkeypatch.setattr(service_module, "_show_lines", expire)
+    said = line(["launch", "sagemaker", "logs", job.name])
+    assert said.endswith(f"(log in again; the job goes on: tsumugu launch sagemaker logs {job.name})")
 
 
 def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypatch):

@@ -216,7 +216,8 @@ def unfinished_jobs(work: Path) -> list[str]:
     jobs_file = work / SLURM_JOBS
     if not jobs_file.exists():
         return []
-    command = ["squeue", "--noheader", "--format=%F", "--me"]  # %F: of all tasks of an array, the array's id
+    # of everybody, since several may share a folder; %F: of all tasks of an array, the array's id
+    command = ["squeue", "--noheader", "--format=%F"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):

@@ -1,1 +1,1 @@
-"""Ways to start training: processes on this machine."""
+"""Ways to start training and preparation: processes on this machine, a Slurm cluster, Amazon SageMaker."""

@@ -190,7 +190,7 @@ def for_preparation(config: PrepareConfig, site: SlurmSiteConfig, time: str | No
 
 
 def _quoted_option(name: str, value: object) -> str:
-    if any(character in str(value) for character in "\\\n\r"):
+    if any(character in f"{name}{value}" for character in "\\\n\r"):
         raise UserError(f"the sbatch option {name} holds a backslash or line end: {value!r}", "write it without")
     return shlex.quote(f"--{name}={value}" if value != "" else f"--{name}")
 

@@ -58,10 +58,12 @@ def check_request(operation: str, request: dict[str, Any]) -> None:
         request: Its arguments.
 
     Raises:
-        UserError: The first thing that is wrong, by the flag or the key of the site file that says it.
+        UserError: There is no boto3; or the first thing that is wrong, by the flag or the key of the site file.
     """
-    from botocore.validate import ParamValidator
-
+    try:
+        from botocore.validate import ParamValidator
+    except ImportError:
+        raise UserError("boto3 is not installed", "pip install 'tsumugu[aws]'") from None
     shape = _service().operation_model(operation).input_shape
     for path, fault, hint in _faults(shape, request, ""):
         names = [name for name in _SAID_BY if path == name or path.startswith((f"{name}.", f"{name}["))]

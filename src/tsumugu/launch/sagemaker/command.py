@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tsumugu.errors import UserError
+from tsumugu.launch.sagemaker import INTERRUPTED_REASON
 
 if TYPE_CHECKING:
     from tsumugu.launch.sagemaker.request import Job
@@ -114,14 +115,16 @@ def _launch(options: argparse.Namespace, flags: list[str]) -> int:
             _made(folder / "code"),
             request.to_yaml(job.recipe),
             job.stage,
-            request.uses_lora(job.recipe),
+            request.extras(job.recipe),
             _made(none) if wheels == "none" else Path(wheels) if wheels else None,
             options.python,
         )
-        before = service.claim(account, job, request.identity(job.recipe))
+        claimed = service.claim(account, job, request.identity(job.recipe))
         size = service.upload(account, job, folder / "code")
+    service.record(account, job, claimed)
     service.create(account, job, asked)
-    print(f"{job.name}: {'goes on with' if before else 'begins'} {job.uri}/ ({size / 1e6:.1f} MB of code uploaded)")
+    does = "goes on with" if claimed.earlier else "begins"
+    print(f"{job.name}: {does} {job.uri}/ ({size / 1e6:.1f} MB of code uploaded)")
     if options.detach:
         print(f"tsumugu launch sagemaker logs {job.name}")
         return 0
@@ -186,6 +189,8 @@ def _terms(job: "Job") -> list[str]:
         lines[0] += " (before the discount of spot)" if job.spot else ""
     if not job.spot and job.keep_alive_minutes:
         lines.append(f"afterwards the instances wait {job.keep_alive_minutes} min for another job, which is billed too")
+    if job.site.volume_kms_key and not job.volume_key:
+        lines.append(f"{job.instance_type} encrypts its disks by itself: sagemaker.volume_kms_key is not used")
     for name in request.downloads_from_hub(job.recipe):
         lines.append(f"the job downloads {name} from the hub, without a token; --channel model=s3://… does without")
     return lines
@@ -194,8 +199,12 @@ def _terms(job: "Job") -> list[str]:
 def _logs(account: "Service", name: str, options: argparse.Namespace) -> int:
     from tsumugu.launch.sagemaker import service
 
+    service.describe(account, name)
     try:
         found = service.follow(account, name, lambda line: print(line, flush=True), _PAUSE_SECONDS)
+    except UserError as error:  # such as credentials that have expired meanwhile
+        hint = f"{error.hint}; the job goes on: tsumugu launch sagemaker logs {name}"
+        raise UserError(error.message, hint) from None
     except KeyboardInterrupt:
         print(f"\nthe job goes on: tsumugu launch sagemaker logs {name}, or stop {name}", file=sys.stderr)
         return 130
@@ -209,13 +218,14 @@ def _status(account: "Service", name: str, options: argparse.Namespace) -> int:
 
 
 def _show(found: dict[str, Any], name: str, options: argparse.Namespace) -> int:
-    """How a job stands; 1 where it failed, 3 where it was stopped."""
+    """How a job stands; 1 where it failed, 3 where it was stopped or ended itself with a checkpoint."""
     from tsumugu.launch.sagemaker.site import load_site
 
     job = found["all"]
+    reason = " ".join((job.get("FailureReason") or job.get("ExitMessage") or "").split())
     print(f"{name}: {found['status']}" + (f" ({job['SecondaryStatus']})" if job.get("SecondaryStatus") else ""))
-    if reason := job.get("FailureReason") or job.get("ExitMessage"):
-        print(f"  {' '.join(reason.split())}")
+    if reason:
+        print(f"  {reason}")
     for metric in job.get("FinalMetricDataList", []):
         print(f"  {metric['MetricName']} {metric['Value']:g}")
     if seconds := job.get("BillableTimeInSeconds"):
@@ -228,14 +238,16 @@ def _show(found: dict[str, Any], name: str, options: argparse.Namespace) -> int:
         print(f"  model {artifacts}")
     if checkpoints := job.get("CheckpointConfig", {}).get("S3Uri"):
         print(f"  checkpoints {checkpoints}")
-    return {"Failed": 1, "Stopped": 3}.get(found["status"], 0)
+    return {"Failed": 3 if INTERRUPTED_REASON in reason else 1, "Stopped": 3}.get(found["status"], 0)
 
 
 def _stop(account: "Service", name: str, _options: argparse.Namespace) -> int:
     from tsumugu.launch.sagemaker import service
 
-    service.stop(account, name)
-    print(f"{name}: asked to stop; it has two minutes to save, and the same --run-name goes on from there")
+    if service.stop(account, name) == "train":
+        print(f"{name}: asked to stop; it has two minutes to save, and the same --run-name goes on from there")
+    else:
+        print(f"{name}: asked to stop; the same --run-name starts it over")
     return 0
 
 

@@ -27,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from tsumugu import config
 from tsumugu.errors import UserError, redact
 from tsumugu.launch.local import prepare_environment, run_workers
+from tsumugu.launch.sagemaker import INTERRUPTED_REASON
 
 ROOT = "TSUMUGU_ML_ROOT"  # in place of /opt/ml, for tests
 PORT = "TSUMUGU_MASTER_PORT"  # in place of 29500, likewise; gathering takes the next one
@@ -149,7 +150,7 @@ def _run(container: Container) -> tuple[int, str]:
 
         steps = complete_steps(container.run_dir)
         saved = f", the checkpoint of step {steps[-1]} is saved" if steps else ""
-        return code, f"interrupted before its end{saved}: start it again with the same --run-name, and it goes on"
+        return code, f"{INTERRUPTED_REASON}{saved}: start it again with the same --run-name, and it goes on"
     if code:
         print(f"tsumugu: rank {rank} ended first, with {code}", file=sys.stderr, flush=True)
         return code, ""

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -28,21 +28,23 @@ _WHEEL = b"Wheel-Version: 1.0\nGenerator: tsumugu\nRoot-Is-Purelib: true\nTag: p
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
-def write_code(folder: Path, recipe: str, stage: str, lora: bool, wheels: Path | None, python: str) -> None:
+def write_code(
+    folder: Path, recipe: str, stage: str, extras: Collection[str], wheels: Path | None, python: str
+) -> None:
     """Fills a folder with what becomes the channel `code`.
 
     Args:
         folder: An empty folder.
         recipe: The configuration as YAML.
         stage: train or prepare: what it must be able to do.
-        lora: Whether that includes adapters.
+        extras: Those of tsumugu that it needs for that.
         wheels: A folder whose wheels go along; None: those of `requirements` are downloaded.
         python: Version of the image's Python, such as 3.12, for which they are.
 
     Raises:
         UserError: No wheels are there, or they cannot be downloaded.
     """
-    needed = requirements(stage, lora)
+    needed = requirements(stage, extras)
     (folder / "wheels").mkdir()
     (folder / RECIPE).write_text(recipe, encoding="utf-8")
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
@@ -57,16 +59,16 @@ def write_code(folder: Path, recipe: str, stage: str, lora: bool, wheels: Path |
             shutil.copy(wheel, folder / "wheels")
 
 
-def requirements(stage: str, lora: bool = False) -> list[str]:
+def requirements(stage: str, extras: Collection[str] = ()) -> list[str]:
     """What a container needs beside torch, as tsumugu declares it."""
-    needed = []
+    needed, markers = [], [f'extra == "{name}"' for name in extras]
     for line in metadata.requires("tsumugu") or []:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
         if name == "torch":
             continue
         wanted = name in _FOR_TRAINING if stage == "train" else True
-        if (wanted and not marker) or (lora and marker == 'extra == "lora"'):
+        if (wanted and not marker) or marker in markers:
             needed.append(requirement)
     return sorted(needed)
 
@@ -82,9 +84,7 @@ def build_wheel(folder: Path) -> Path:
         if path.is_file() and "__pycache__" not in path.parts
     }
     files[f"{information}/METADATA"] = (distribution.read_text("METADATA") or "").encode()
-    files[f"{information}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: tsumugu\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    )
+    files[f"{information}/WHEEL"] = _WHEEL
     files[f"{information}/entry_points.txt"] = b"[console_scripts]\ntsumugu = tsumugu.cli:main\n"
     lines = [f"{name},sha256={_digest(content)},{len(content)}" for name, content in files.items()]
     files[f"{information}/RECORD"] = "\n".join([*lines, f"{information}/RECORD,,", ""]).encode()

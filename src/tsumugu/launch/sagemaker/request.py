@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from tsumugu import config
-from tsumugu.config import Preparation, TrainingRun
+from tsumugu.config import Preparation, SlurmConfig, TrainingRun
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker.site import SageMakerConfig, refuse_credentials
 from tsumugu.training.metrics import metric_definitions
@@ -26,10 +26,15 @@ _IMAGE = re.compile(r"(?P<account>\d{12})\.dkr\.ecr(-fips)?\.(?P<region>[a-z0-9-
 _RUN_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9]){0,46}")
 _FSX = re.compile(r"fsx://(?P<id>fs-[0-9a-f]+)(?P<path>/[^/].*)")
 _METRICS = 40
+_LONGEST_HOURS = 28 * 24  # botocore's words on StoppingCondition; its model has no bound
+# Families that have disks of their own, whose encryption is theirs: a request that names a key for them is refused
+# (botocore's words on VolumeKmsKeyId; EC2's user guide, "instance store volumes")
+_OWN_DISKS = re.compile(r"ml\.([a-z]+\d\w*dn?|p4de|g[5-9]\w*|p[5-9][\w-]*|gr6\w*|trn\w+)\.\w+")
 _SECTIONS_OF_A_RUN = ("model", "tokenizer", "data", "train", "optimizer", "schedule")
 _MAY_CHANGE = {
     "data.audit",
     *(f"train.{key}" for key in ("micro_batch_size", "max_hours", "stop_after", "profile_steps", "memory_snapshot")),
+    "prepare.workers",
     *(f"train.{key}" for key in ("log_every", "log_norms", "log_to", "hang_timeout")),
 }
 _KEPT = 3  # checkpoints at least
@@ -76,7 +81,7 @@ class Job:
     @property
     def prefix(self) -> str:
         """Where in the bucket the run lies, with / at its end."""
-        return f"{self.site.prefix.strip('/')}/{self.run_name}/"
+        return f"{self.site.prefix.strip('/')}/{self.run_name}/".lstrip("/")
 
     @property
     def uri(self) -> str:
@@ -87,6 +92,11 @@ class Job:
     def code_prefix(self) -> str:
         """That of the code of this job, which later jobs of the run leave as it is."""
         return f"{self.prefix}code/{self.name}/"
+
+    @property
+    def volume_key(self) -> str | None:
+        """The key of the hosts' volumes, where they have any that take one."""
+        return None if _OWN_DISKS.fullmatch(self.instance_type) else self.site.volume_kms_key
 
     @property
     def ceiling(self) -> float | None:
@@ -136,6 +146,8 @@ def check_job(job: Job, region: str | None) -> None:
             f"--max-wait-hours {job.max_wait_hours:g} is below --max-hours, or without --spot",
             "it counts waiting and running with --spot",
         )
+    if job.max_hours > _LONGEST_HOURS:
+        raise UserError(f"--max-hours {job.max_hours:g}: SageMaker takes {_LONGEST_HOURS}", "go on in another job")
     if job.stage == "prepare" and (job.instance_count > 1 or job.spot or job.keep_alive_minutes):
         raise UserError(
             "--stage prepare runs on one instance, without --spot and --keep-alive-minutes",
@@ -163,7 +175,8 @@ def _check_channel(job: Job, name: str, uri: str) -> None:
 
 
 def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
-    """The recipe as the container reads it: `model` in place of a hub's model, an end in time, and enough checkpoints.
+    """The recipe as the container reads it: `model` in place of a hub's model, an end in time, and enough checkpoints;
+    of a preparation, the container's folder for the store.
 
     Raises:
         UserError: It has paths of this machine, or a credential, or channels that are not given.
@@ -182,6 +195,9 @@ def adapt(recipe: Any, channels: dict[str, str], max_hours: float) -> Any:
         if recipe.train.max_hours is None:
             hours = round(max(max_hours - 0.25, 0.9 * max_hours), 4)  # the rest: wheels, the last upload, an export
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, max_hours=hours))
+    else:  # where it would be written here, and by which cluster, is nobody's business in the bucket
+        prepare = dataclasses.replace(recipe.prepare, output=f"{OUTPUT}/store", executor="local", slurm=SlurmConfig())
+        recipe = dataclasses.replace(recipe, prepare=prepare)
     for key, path in _paths(recipe):
         if not path.startswith("channel:"):
             folder = Path(path).name
@@ -208,8 +224,13 @@ def channel_paths(recipe: Any) -> list[str]:
     return [path for path in [*names, *(path for _, path in _paths(recipe))] if path and path.startswith("channel:")]
 
 
-def uses_lora(recipe: Any) -> bool:
-    return isinstance(recipe, TrainingRun) and recipe.model.lora.rank is not None
+def extras(recipe: Any) -> set[str]:
+    """Which of tsumugu's extras a job needs."""
+    if isinstance(recipe, TrainingRun):
+        used = {"lora": recipe.model.lora.rank, "fp8": recipe.parallel.fp8}
+    else:
+        used = {"aws": any(path.startswith("s3://") for _, path in _sources(recipe))}
+    return {name for name, value in used.items() if value}
 
 
 def to_yaml(recipe: Any) -> str:
@@ -219,10 +240,9 @@ def to_yaml(recipe: Any) -> str:
 
 def identity(recipe: Any) -> dict[str, Any]:
     """Keys and values that may not change while a run goes on; what they stand for is checked in the container."""
-    if not isinstance(recipe, TrainingRun):
-        return {"stage": "prepare"} | _flat(dataclasses.asdict(recipe))
-    sections = {name: dataclasses.asdict(getattr(recipe, name)) for name in _SECTIONS_OF_A_RUN}
-    return {"stage": "train"} | {key: value for key, value in _flat(sections).items() if key not in _MAY_CHANGE}
+    stage, names = ("train", _SECTIONS_OF_A_RUN) if isinstance(recipe, TrainingRun) else ("prepare", ("prepare",))
+    sections = _flat({name: dataclasses.asdict(getattr(recipe, name)) for name in names})
+    return {"stage": stage} | {key: value for key, value in sections.items() if key not in _MAY_CHANGE}
 
 
 def _flat(content: dict, prefix: str = "") -> dict[str, Any]:
@@ -291,10 +311,7 @@ def _training(job: Job) -> dict[str, Any]:
         "HyperParameters": {"recipe": "recipe.yaml", "run_name": job.run_name},
         "InputDataConfig": [
             _s3_channel(CODE_CHANNEL, f"s3://{job.bucket}/{job.code_prefix}") | {"InputMode": "File"},
-            *(
-                _fsx_channel(name, uri) if uri.startswith("fsx://") else _s3_channel(name, uri)
-                for name, uri in job.channels.items()
-            ),
+            *(_channel(name, uri) for name, uri in job.channels.items()),
         ],
         "OutputDataConfig": {"S3OutputPath": f"{job.uri}/output", "CompressionType": "NONE"},
         "CheckpointConfig": {"S3Uri": f"{job.uri}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
@@ -318,8 +335,8 @@ def _training(job: Job) -> dict[str, Any]:
         request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = job.keep_alive_minutes * 60
     if site.training_plan:
         request["ResourceConfig"]["TrainingPlanArn"] = site.training_plan
-    if site.volume_kms_key:
-        request["ResourceConfig"]["VolumeKmsKeyId"] = site.volume_kms_key
+    if job.volume_key:
+        request["ResourceConfig"]["VolumeKmsKeyId"] = job.volume_key
     if site.output_kms_key:
         request["OutputDataConfig"]["KmsKeyId"] = site.output_kms_key
     if site.subnets:
@@ -346,8 +363,8 @@ def _processing(job: Job) -> dict[str, Any]:
         "EnableNetworkIsolation": site.network_isolation,
         "EnableInterContainerTrafficEncryption": site.encrypt_traffic,
     }
-    if site.volume_kms_key:
-        cluster["VolumeKmsKeyId"] = site.volume_kms_key
+    if job.volume_key:
+        cluster["VolumeKmsKeyId"] = job.volume_key
     if site.output_kms_key:
         output["KmsKeyId"] = site.output_kms_key
     if site.subnets:

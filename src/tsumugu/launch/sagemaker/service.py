@@ -1,7 +1,9 @@
 """Calls of AWS by boto3: S3, SageMaker, CloudWatch Logs. What they raise becomes one line that says how to mend it."""
 
 import contextlib
+import dataclasses
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +102,22 @@ def _explain(error: dict[str, str], operation: str) -> UserError:
     return UserError(f"AWS refuses {operation}: {words or code}", "docs/sagemaker.md says what it needs")
 
 
-def claim(service: Service, job: Job, identity: dict[str, Any]) -> int:
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """run.json as a launch has left it.
+
+    Attributes:
+        earlier: Names of the jobs that the run had before.
+        identity: What makes two recipes the same run.
+        version: Of the file: what S3 calls its ETag.
+    """
+
+    earlier: list[str]
+    identity: dict[str, Any]
+    version: str
+
+
+def claim(service: Service, job: Job, identity: dict[str, Any]) -> Claim:
     """Makes the run's prefix this run's, or finds that it is.
 
     Args:
@@ -108,16 +125,13 @@ def claim(service: Service, job: Job, identity: dict[str, Any]) -> int:
         job: Whose prefix it is.
         identity: What makes two recipes the same run: keys and values.
 
-    Returns:
-        How many jobs it had before.
-
     Raises:
-        UserError: It holds another run, or something else, or a job of this run still goes on.
+        UserError: It holds another run, or something else, or a job of this run still goes on, or is being launched.
     """
     with explained():
         client = service.client("s3")
         found = client.list_objects_v2(Bucket=job.bucket, Prefix=job.prefix, MaxKeys=1)
-        known = _read_run(client, job)
+        known, version = _read_run(client, job)
         if known is None and found["KeyCount"]:
             raise UserError(
                 f"--run-name {job.run_name}: {job.uri}/ holds something that no launch has left there", "choose another"
@@ -130,18 +144,44 @@ def claim(service: Service, job: Job, identity: dict[str, Any]) -> int:
                     f"--run-name {job.run_name}: its job {earlier[-1]} is {described['status']}",
                     f"wait for it, or stop it: tsumugu launch sagemaker stop {earlier[-1]}",
                 )
-        content = {"run_name": job.run_name, "identity": identity, "jobs": [*earlier, job.name]}
-        text = json.dumps(content, ensure_ascii=False, indent=1).encode()
-        client.put_object(Bucket=job.bucket, Key=job.prefix + RUN, Body=text, **_encryption(job))
-    return len(earlier)
+    return Claim(earlier, identity, _write_run(service, job, identity, earlier, version))
 
 
-def _read_run(client: Any, job: Job) -> dict | None:
+def record(service: Service, job: Job, claimed: Claim) -> None:
+    """Notes the job in the run before it is created; between `claim` and this its code is uploaded.
+
+    Raises:
+        UserError: Another launch has claimed the run since.
+    """
+    _write_run(service, job, claimed.identity, [*claimed.earlier, job.name], claimed.version)
+
+
+def _write_run(service: Service, job: Job, identity: dict[str, Any], jobs: list[str], version: str | None) -> str:
+    """Replaces run.json where it still has that version (None: where there is none); returns the new one."""
+    content = {"run_name": job.run_name, "identity": identity, "jobs": jobs}
+    text = json.dumps(content, ensure_ascii=False, indent=1).encode()
+    only = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+    with explained():
+        client = service.client("s3")
+        try:
+            made = client.put_object(Bucket=job.bucket, Key=job.prefix + RUN, Body=text, **only, **_encryption(job))
+        except client.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            raise UserError(
+                f"--run-name {job.run_name}: somebody else launches it at this moment",
+                "look at what comes of that, or choose another",
+            ) from None
+    return made["ETag"]
+
+
+def _read_run(client: Any, job: Job) -> tuple[dict | None, str | None]:
+    """run.json and its version."""
     try:
         found = client.get_object(Bucket=job.bucket, Key=job.prefix + RUN)
     except client.exceptions.NoSuchKey:
-        return None
-    return json.loads(found["Body"].read())
+        return None, None
+    return json.loads(found["Body"].read()), found["ETag"]
 
 
 def _compare(job: Job, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -163,19 +203,33 @@ def check_channels(service: Service, job: Job, used: list[str]) -> None:
         job: Whose channels they are.
         used: What the recipe says, such as channel:data/store.
     """
-    paths = {f"channel:{name}": uri for name, uri in job.channels.items()}
+    paths = {f"channel:{name}": (uri, "") for name, uri in job.channels.items()}
     for text in used:
         name, slash, rest = text.removeprefix("channel:").partition("/")
-        if slash and job.channels.get(name, "").startswith("s3://"):
-            paths[text] = f"{job.channels[name].rstrip('/')}/{rest}"
-    for text, uri in paths.items():
-        if not uri.startswith("s3://"):
-            continue
-        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-        with explained():
-            found = service.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix.rstrip("/"), MaxKeys=1)
-        if not found["KeyCount"]:
-            raise UserError(f"{text}: {uri} holds nothing", f"upload it: aws s3 sync FOLDER {uri}")
+        if slash and name in job.channels:
+            paths[text] = (job.channels[name], re.sub(r"@\d+$", "", rest))  # RUN@STEP
+    for text, (uri, path) in paths.items():
+        if uri.startswith("s3://") and not _holds(service, f"{uri.rstrip('/')}/", path):
+            place = f"{uri.rstrip('/')}/{path}" if path else uri
+            raise UserError(f"{text}: {place} holds nothing", f"upload it: aws s3 sync FOLDER {place}")
+
+
+def _holds(service: Service, folder: str, path: str) -> bool:
+    """Whether a folder in S3 holds anything at a path: the name of a file, of a folder, or a glob."""
+    certain = re.split(r"[*?\[]", path, maxsplit=1)[0]
+    if certain != path:
+        return _first(service, folder + certain) is not None
+    path = path.rstrip("/")
+    is_file = bool(path) and _first(service, folder + path) == folder + path
+    return is_file or _first(service, f"{folder}{path}/" if path else folder) is not None
+
+
+def _first(service: Service, uri: str) -> str | None:
+    """The first URI, in their order, that begins so; one that begins with another comes after it."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    with explained():
+        found = service.client("s3").list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+    return next((f"s3://{bucket}/{item['Key']}" for item in found.get("Contents", [])), None)
 
 
 def upload(service: Service, job: Job, folder: Path) -> int:
@@ -196,8 +250,8 @@ def _encryption(job: Job) -> dict[str, str]:
 
 def create(service: Service, job: Job, request: dict[str, Any]) -> None:
     """Starts the job."""
-    client = service.client("sagemaker")
     with explained():
+        client = service.client("sagemaker")
         (client.create_training_job if job.stage == "train" else client.create_processing_job)(**request)
 
 
@@ -235,8 +289,8 @@ def _described(service: Service, name: str) -> dict[str, Any] | None:
     return None
 
 
-def stop(service: Service, name: str) -> None:
-    """Asks the containers of a job to stop."""
+def stop(service: Service, name: str) -> str:
+    """Asks the containers of a job to stop; returns its stage."""
     found = describe(service, name)
     if found["status"] != "InProgress":
         raise UserError(f"{name} is {found['status']}: there is nothing to stop", "")
@@ -246,6 +300,7 @@ def stop(service: Service, name: str) -> None:
             client.stop_training_job(TrainingJobName=name)
         else:
             client.stop_processing_job(ProcessingJobName=name)
+    return found["stage"]
 
 
 def follow(service: Service, name: str, show: Callable[[str], None], pause: float) -> dict[str, Any]:
@@ -285,10 +340,12 @@ def _show_lines(
     client, group = service.client("logs"), _LOGS[found["stage"]]
     several = found["all"].get("ResourceConfig", {}).get("InstanceCount", 1) > 1
     try:
-        streams = client.describe_log_streams(logGroupName=group, logStreamNamePrefix=f"{name}/")["logStreams"]
+        pages = client.get_paginator("describe_log_streams").paginate(
+            logGroupName=group, logStreamNamePrefix=f"{name}/"
+        )
+        names = sorted(stream["logStreamName"] for page in pages for stream in page["logStreams"])
     except client.exceptions.ResourceNotFoundException:
         return
-    names = sorted(stream["logStreamName"] for stream in streams)
     for stream in names:
         host = f"{stream.removeprefix(f'{name}/').rpartition('-')[0]}| " if several else ""
         while True:
@@ -301,6 +358,13 @@ def _show_lines(
             read[stream] = events["nextForwardToken"]
 
 
+def _safe(name: str) -> str:
+    """The name of an object below a prefix, which as a path must lie below a folder."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise UserError(f"the object {name!r} would be written outside of the folder", "somebody else has put it there")
+    return name
+
+
 def download(service: Service, uri: str, output: Path) -> int:
     """Everything below an S3 URI as a folder, which appears when it is whole.
 
@@ -308,14 +372,14 @@ def download(service: Service, uri: str, output: Path) -> int:
         How many files.
 
     Raises:
-        UserError: There is nothing, or the folder is there already.
+        UserError: There is nothing, or the folder is there already, or a name leads out of it.
     """
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} is there already", "name another folder: --output DIR")
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = f"{prefix.rstrip('/')}/"
-    client = service.client("s3")
     with explained():
+        client = service.client("s3")
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         keys = [item["Key"] for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
     if not keys:
@@ -324,7 +388,7 @@ def download(service: Service, uri: str, output: Path) -> int:
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = Path(scratch) / "folder"
         for key in keys:
-            file = folder / key.removeprefix(prefix)
+            file = folder / _safe(key.removeprefix(prefix))
             file.parent.mkdir(parents=True, exist_ok=True)
             with explained():
                 client.download_file(bucket, key, str(file))
