@@ -238,7 +238,12 @@ if __name__ == "__main__":
 def test_no_worker_outlives_its_parent(folder: Path, how: signal.Signals):
     script = folder / "script.py"
     script.write_text(_ENDLESS)
-    process = subprocess.Popen([sys.executable, script, folder], stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, script, folder],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
+    )
     ticks = [folder / f"ticks-{rank}" for rank in range(2)]
     while process.poll() is None and not all(path.exists() for path in ticks):
         time.sleep(0.01)
