@@ -55,30 +55,38 @@ def sum_losses(model: PreTrainedModel, device: torch.device, dtype: torch.dtype)
 
 def is_last(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether the logits of a model of fake tensors are its head's output, untouched: what `sum_losses` tries out."""
-    seen: list[torch.Tensor] = []
     head: Any = model.get_output_embeddings()
-    base: Any = model.base_model
-    if base is model or type(head) is not nn.Linear:
+    if model.base_model is model or type(head) is not nn.Linear:
         return False
-    stub = _HiddenStates(last_hidden_state=torch.empty(1, 8, head.in_features, dtype=dtype))
-    own = base.__dict__.get("forward")
+    states = torch.empty(1, 8, head.in_features, dtype=dtype)
+    logits, seen = _of_stub(model, states)
+    if len(seen) != 2:
+        return False
+    pairs = (seen[0], states), (seen[1], logits)
+    return all(one.untyped_storage() is other.untyped_storage() for one, other in pairs)
 
-    def look(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.extend((inputs[0], output))
 
+def _of_stub(model: PreTrainedModel, states: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A model's logits where its decoder stack returns `states`, and input and output of its head, if it is whole."""
+    base: Any = model.base_model
+    head: Any = model.get_output_embeddings()
+    seen: list[torch.Tensor] = []
+
+    def look(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not isinstance(module.weight, DTensor):
+            seen.extend((inputs[0], output))
+
+    stub, own = _HiddenStates(last_hidden_state=states), base.__dict__.get("forward")
     hook = head.register_forward_hook(look)
     base.forward = lambda *args, **kwargs: stub
     try:
-        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
+        ids = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+        return model(input_ids=ids, use_cache=False).logits, seen
     finally:
         hook.remove()
         del base.forward
         if own is not None:
             base.forward = own
-    if len(seen) != 2:
-        return False
-    pairs = (seen[0], stub.last_hidden_state), (seen[1], logits)
-    return all(one is not None and one.untyped_storage() is other.untyped_storage() for other, one in pairs)
 
 
 class _HiddenStates(BaseModelOutputWithPastAndCrossAttentions):
@@ -92,29 +100,14 @@ class _HiddenStates(BaseModelOutputWithPastAndCrossAttentions):
 def _differs(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str | None:
     """In what the model's logits are not those of its head on what the decoder stack returns; None: they are."""
     head: Any = model.get_output_embeddings()
-    base: Any = model.base_model
-    if base is model or type(head) is not nn.Linear:
+    if model.base_model is model or type(head) is not nn.Linear:
         return "the model's head is not one linear layer"
-    seen: list[torch.Tensor] = []
-
-    def look(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not isinstance(module.weight, DTensor):
-            seen.extend((inputs[0], output))
-
     states = torch.arange(8 * head.in_features, device=device).cos().view(1, 8, -1).to(dtype) * 1000
-    stub, own = _HiddenStates(last_hidden_state=states), base.__dict__.get("forward")
-    hook = head.register_forward_hook(look)
-    base.forward = lambda *args, **kwargs: stub
     try:
-        logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=device), use_cache=False).logits
+        logits, seen = _of_stub(model, states)
     except Exception as error:  # after which FSDP2 is in no state to go on
         reason = f"the head of a model of type {model.config.model_type} cannot be tried out: {error}"
         raise UserError(reason, "set parallel.chunked_loss to false") from error
-    finally:
-        hook.remove()
-        del base.forward
-        if own is not None:
-            base.forward = own
     if len(seen) != 2:
         return "the model's head is split"
     if not torch.equal(seen[0], states) or not torch.equal(seen[1].to(logits.dtype), logits):

@@ -11,6 +11,7 @@ own, or tsumugu's kernels need none, that is known here by name.
 """
 
 import contextlib
+import math
 import operator
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -172,7 +173,7 @@ def workspace(operation: Any, args: Sequence[Any], on_cuda: bool) -> int:
         return 2 * _size(codes) * _value(values).element_size()
     if "attention" in name and name.partition(".")[0].endswith("backward"):
         *batch, tokens, size = _value(args[1]).shape
-        rows = _product(batch) * (-(-tokens // 128) * 128)
+        rows = math.prod(batch) * (-(-tokens // 128) * 128)
         return rows * (-(-size // 32) * 32 + 1) * 4
     if "_varlen_attn_backward" in name:
         tokens, heads, size = _value(args[1]).shape
@@ -205,13 +206,6 @@ def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], 
     if count := flop_registry.get(getattr(operation, "_overloadpacket", None)):
         return "matrix", count(*args, **kwargs, out_val=outputs)
     return "memory", 0
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def _value(item: Any) -> torch.Tensor:
