@@ -9,6 +9,7 @@ and the run restarts; one is stopped and the others say where they wait. Exit co
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -91,16 +94,16 @@ def configure(folder: Path, shape: str) -> None:
     (folder / "config.yaml").write_text(json.dumps(content))  # which YAML includes
 
 
-def check_meshes(folder: Path, shape: str, gpus: int) -> None:
-    for dtype, allowed in (("float32", 2e-5), ("bfloat16", 5e-3)):
-        flags = (f"--train.dtype={dtype}", *(["--parallel.compile=false"] if dtype == "float32" else []))
-        one = trained(folder, f"one-{dtype}", 1, *flags)
-        for mesh in meshes(gpus):
-            degrees = [f"--parallel.{key}={degree}" for key, degree in mesh.items()]
-            name = "-".join([dtype, *(f"{key.partition('_')[0]}{degree}" for key, degree in mesh.items())])
-            found = trained(folder, name, gpus, *flags, *degrees)
-            same = found.shape == one.shape
-            check(f"{shape}, {name}", float(np.abs(found / one - 1).max()) if same else np.nan, allowed)
+def check_meshes(folder: Path, shape: str, dtype: str, gpus: int) -> None:
+    allowed = {"float32": 2e-5, "bfloat16": 5e-3}[dtype]
+    flags = (f"--train.dtype={dtype}", *(["--parallel.compile=false"] if dtype == "float32" else []))
+    one = trained(folder, "one", 1, *flags)
+    for mesh in meshes(gpus):
+        degrees = [f"--parallel.{key}={degree}" for key, degree in mesh.items()]
+        name = "-".join(f"{key.partition('_')[0]}{degree}" for key, degree in mesh.items())
+        found = trained(folder, name, gpus, *flags, *degrees)
+        same = found.shape == one.shape
+        check(f"{shape}, {dtype}, {name}", float(np.abs(found / one - 1).max()) if same else np.nan, allowed)
 
 
 def check_moves(folder: Path, gpus: int) -> None:
@@ -142,18 +145,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=list(SHAPES), help="default: gpt_neox and llama")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="processes; without GPUs by gloo")
+    parser.add_argument("--at-once", type=int, default=4, help="checks at the same time, on the same GPUs")
     arguments = parser.parse_args()
     gpus = arguments.gpus
     print(f"{gpus} × {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}")
+    jobs: list[tuple[str, Callable[[Path], None]]] = [
+        ("gpt_neox", lambda folder: check_moves(folder, gpus)),
+        ("gpt_neox", lambda folder: check_killed(folder, gpus)),
+        ("gpt_neox", lambda folder: check_stuck(folder, gpus)),
+    ]
     for shape in arguments.shape or ["gpt_neox", "llama"]:
+        for dtype in ("float32", "bfloat16"):
+            jobs.append((shape, functools.partial(check_meshes, shape=shape, dtype=dtype, gpus=gpus)))
+
+    def take(job: tuple[str, Callable[[Path], None]]) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            configure(Path(scratch), shape)
-            check_meshes(Path(scratch), shape, gpus)
-    with tempfile.TemporaryDirectory() as scratch:
-        configure(Path(scratch), "gpt_neox")
-        check_moves(Path(scratch), gpus)
-        check_killed(Path(scratch), gpus)
-        check_stuck(Path(scratch), gpus)
+            configure(Path(scratch), job[0])
+            job[1](Path(scratch))
+
+    with ThreadPoolExecutor(arguments.at_once) as pool:
+        list(pool.map(take, jobs))
     print(f"\nfailed: {', '.join(FAILED)}" if FAILED else "\nall is well")
     sys.exit(bool(FAILED))
 

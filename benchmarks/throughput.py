@@ -27,6 +27,7 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
                 hf: FSDP2 by accelerate
     shard=N     parallel.shard_degree
     reshard=X   parallel.reshard_after_forward; hf: never or always (its default)
+    sync=X      parallel.sync_each_micro_batch: 1 | 0
     prefetch=N  parallel.prefetch
     liger=1     hf: with Liger's kernels, where they are installed and know the model, and without torch.compile, which
                 fails on them (torch 2.11, Liger 0.8.5)
@@ -141,6 +142,7 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
             fsdp=True if way == "fsdp" else None,
             shard_degree=int(options["shard"]) if "shard" in options else None,
             reshard_after_forward=options.get("reshard", "auto"),  # type: ignore[arg-type]
+            sync_each_micro_batch=options["sync"] == "1" if "sync" in options else None,
             prefetch=int(options.get("prefetch", 1)),
             chunked_loss=None if chunk else False,
             activation_checkpointing=options.get("recompute", "none"),  # type: ignore[arg-type]

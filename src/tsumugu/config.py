@@ -569,6 +569,9 @@ class ParallelConfig:
     """FSDP2; default: except where one device holds all and nothing is offloaded, where it would be copies alone."""
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     """Whether gathered weights of a layer go after forward; auto: unless all take less than a tenth of memory."""
+    sync_each_micro_batch: bool | None = None
+    """Whether devices exchange gradients in every micro batch, or once a step, until which they hold all sums in
+    float32; default: once, where the sums take less than a fifth of a device's memory."""
     prefetch: int = 1
     """Layers gathered ahead of the one that is computed; more take memory, and help where gathering is late."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -62,8 +62,21 @@ def test_layers_stay_gathered_where_all_weights_take_less_than_a_tenth_of_the_me
     assert said(DEVICES[name])["sharding"].startswith("replicate 2 × shard 4; ")
     for wanted in ("always", "never"):
         assert decide(ParallelConfig(reshard_after_forward=wanted), DEVICES[name]) == ParallelConfig(
-            reshard_after_forward=wanted, compile=True, fsdp=True
+            reshard_after_forward=wanted, compile=True, fsdp=True, sync_each_micro_batch=name == "A10G"
         )
+
+
+@pytest.mark.parametrize(("name", "once"), [("A10G", False), ("A100", True), ("L40S", True), ("H100", True)])
+def test_gradients_are_exchanged_once_a_step_where_their_sums_take_less_than_a_fifth_of_the_memory(
+    name: str, once: bool
+):
+    assert decide(ParallelConfig(), DEVICES[name]).sync_each_micro_batch is not once
+    assert ("exchanged once a step (their sums take 6 GiB, less than 20% of" in said(DEVICES[name])["sharding"]) is once
+    for wanted, words in ((True, "every micro batch"), (False, "once a step")):
+        line = said(DEVICES[name], sync_each_micro_batch=wanted)["sharding"]
+        assert line.endswith(f"gradients are exchanged {words} (parallel.sync_each_micro_batch)")
+    # in float32 the sums are as large as the weights
+    assert decide(ParallelConfig(), DEVICES["A10G"], dtype="float32").sync_each_micro_batch is False
 
 
 def test_one_device_that_holds_all_is_not_sharded_over():

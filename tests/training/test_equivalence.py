@@ -59,10 +59,15 @@ KEEPING = {
     "gathered once": {"parallel.reshard_after_forward": "never"},
     "gathered ahead": {"parallel.prefetch": 2, "parallel.reshard_after_forward": "always"},
     "on the host": {"parallel.offload_optimizer": True},
+    "exchanged once": {"parallel.sync_each_micro_batch": False, "parallel.reshard_after_forward": "never"},
+    "exchanged once, gathered twice": {
+        "parallel.sync_each_micro_batch": False, "parallel.reshard_after_forward": "always",
+        "parallel.offload_optimizer": True,
+    },
     "sharded over one": {"parallel.fsdp": True},
     "whole logits": {"parallel.chunked_loss": False},
     "every second recomputed": {"parallel.checkpoint_every_nth_layer": 2},
-}
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -91,6 +96,7 @@ SPLIT_CASES = [
     Case("qwen3 tied, split", "concatenate", "replicate 2 × tensor 2", 2, "selective", "every second recomputed"),
     Case("qwen3, split", "pad_left", "tensor 2", 1, "full", "on the host"),
     Case("qwen3, split", "concatenate", "shard 2 × tensor 2", 1, "none", "on the host"),
+    Case("gpt_neox parallel, split", "concatenate", "shard 2 × tensor 2", 4, "none", "exchanged once"),
 ]
 COMPILED = [Case("gpt_neox parallel", "pad_left", "1", 2, "selective", "by default", True)]
 

@@ -18,6 +18,7 @@ from tsumugu.errors import UserError
 from tsumugu.kernels import has_triton
 
 GATHERED_SHARE = 0.1  # of a device's memory; what all layers' gathered weights may take by default
+SUMS_SHARE = 0.2  # of a device's memory; what the sums of all gradients may take by default
 BFLOAT16_SINCE = (8, 0)  # compute capability: Ampere's matrix units are the first that know it
 TRITON_SINCE = (7, 0)
 FP8_SINCE = (8, 9)  # Ada
@@ -93,7 +94,17 @@ def decide(
         fits = shard_degree == 1 if device.memory is None else weight_bytes < GATHERED_SHARE * device.memory
         reshard = "never" if fits else "always"
     fsdp = bool(needed) if config.fsdp is None else config.fsdp
-    return dataclasses.replace(config, compile=compiled, reshard_after_forward=reshard, fsdp=fsdp)
+    sync = config.sync_each_micro_batch
+    if sync is None:
+        sync = device.memory is None or sums_bytes(weight_bytes, dtype) >= SUMS_SHARE * device.memory
+    return dataclasses.replace(
+        config, compile=compiled, reshard_after_forward=reshard, fsdp=fsdp, sync_each_micro_batch=sync
+    )
+
+
+def sums_bytes(weight_bytes: int, dtype: str) -> int:
+    """Of the gradients of all weights, summed over a step: float32, or float64 with such weights."""
+    return weight_bytes * (1 if dtype in ("float32", "float64") else 2)
 
 
 def describe(
@@ -133,6 +144,7 @@ def describe(
         "compile": _described_compile(asked, decided, device),
         "sharding": " × ".join(f"{axis} {degree}" for axis, degree in mesh.items())
         + f"; layers' weights {_described_reshard(asked, decided, device, weight_bytes)}"
+        + f"; gradients are exchanged {_described_sync(asked, decided, device, sums_bytes(weight_bytes, dtype))}"
         if decided.fsdp
         else f"none ({'parallel.fsdp' if asked.fsdp is False else 'one device holds all'})",
         "loss": "in chunks of tokens" if whole_logits is None else f"of whole logits ({whole_logits})",
@@ -232,6 +244,16 @@ def _described_reshard(config: ParallelConfig, decided: ParallelConfig, device: 
     than = "less" if decided.reshard_after_forward == "never" else "not less"
     limit = f"{GATHERED_SHARE:.0%} of {_gib(device.memory)}"
     return f"{what} (all together {_gib(weight_bytes)}, {than} than {limit})"
+
+
+def _described_sync(config: ParallelConfig, decided: ParallelConfig, device: Device, sums: int) -> str:
+    what = "every micro batch" if decided.sync_each_micro_batch else "once a step"
+    if config.sync_each_micro_batch is not None:
+        return f"{what} (parallel.sync_each_micro_batch)"
+    if device.memory is None:
+        return f"{what} (memory is not known)"
+    than = "not less" if decided.sync_each_micro_batch else "less"
+    return f"{what} (their sums take {_gib(sums)}, {than} than {SUMS_SHARE:.0%} of {_gib(device.memory)})"
 
 
 def _described_recomputation(decided: ParallelConfig) -> str:

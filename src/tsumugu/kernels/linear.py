@@ -78,21 +78,42 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor):  # type: ignore[override]
         input, weight, total, begun = ctx.saved_tensors
         gradient_NO, rows_NI = gradient.flatten(0, -2), input.flatten(0, -2)
-        d_bias = gradient_NO.sum(0) if ctx.has_bias else None
-        d_rows = torch.ops.tsumugu.linear_backward(gradient_NO, rows_NI, weight, total, begun)
+        if ctx.has_bias:
+            zero = torch.ops.tsumugu.add_to_sum(gradient_NO, rows_NI, total, begun)
+            d_rows, d_bias = gradient_NO @ weight, gradient_NO.sum(0) + zero
+        else:
+            d_rows, d_bias = torch.ops.tsumugu.linear_backward(gradient_NO, rows_NI, weight, total, begun), None
         return d_rows.view(input.shape), None, d_bias, None, None
 
 
-# To torch's compiler this is a function of its arguments alone, and would be left out if its result were not used. It
-# writes to two of them, which nothing else in the graph reads, and is called once: backward is not recomputed. How the
-# others lie in memory is left to the compiler, which by default would lay them out as eager torch does.
-@torch.library.custom_op("tsumugu::linear_backward", mutates_args=(), tags=[torch.Tag.flexible_layout])
-def _linear_backward(
-    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
-) -> torch.Tensor:
+def _add(gradient_NO: torch.Tensor, rows_NI: torch.Tensor, total: torch.Tensor, begun: torch.Tensor) -> None:
     # .data: a layer that is used twice has them saved twice, and may write to them at both
     add_product(total.data, gradient_NO, rows_NI, first=not begun.item())
     begun.data.fill_(True)
+
+
+# To torch's compiler these are functions of their arguments alone, and would be left out if their results were not used.
+# They write to two of them, which nothing else in the graph reads, and are called once: backward is not recomputed. The
+# product that makes the gradient of the rows is the compiler's own where a bias leaves it the choice: GPT-NeoX's
+# gradient of queries, keys and values is then written in half the time.
+@torch.library.custom_op("tsumugu::add_to_sum", mutates_args=())
+def _add_to_sum(
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+) -> torch.Tensor:
+    _add(gradient_NO, rows_NI, total, begun)
+    return gradient_NO.new_zeros(())
+
+
+@_add_to_sum.register_fake
+def _(gradient_NO: torch.Tensor, rows_NI: torch.Tensor, total: torch.Tensor, begun: torch.Tensor) -> torch.Tensor:
+    return gradient_NO.new_zeros(())
+
+
+@torch.library.custom_op("tsumugu::linear_backward", mutates_args=())
+def _linear_backward(
+    gradient_NO: torch.Tensor, rows_NI: torch.Tensor, weight: torch.Tensor, total: torch.Tensor, begun: torch.Tensor
+) -> torch.Tensor:
+    _add(gradient_NO, rows_NI, total, begun)
     return gradient_NO @ weight
 
 

@@ -164,7 +164,7 @@ def workspace(operation: Any, args: Sequence[Any], on_cuda: bool) -> int:
     weight is multiplied out.
     """
     name = operation.name() if hasattr(operation, "name") else str(operation)
-    if "tsumugu::linear_backward" in name:
+    if "tsumugu::linear_backward" in name or "tsumugu::add_to_sum" in name:
         return 0 if on_cuda else 4 * sum(_value(value).numel() for value in args[:2])  # in float32, which adds exactly
     if not on_cuda:
         return 0
@@ -197,8 +197,9 @@ def kind_and_flops(operation: Any, args: Sequence[Any], kwargs: dict[str, Any], 
         return "varlen" if varlen else "attention", int(4 * query.numel() * keys * causal * (2.5 if backward else 1))
     if base == "wide_product_":
         return "matrix", 2 * args[0].numel() * args[2].shape[0]
-    if base == "linear_backward":
-        return "matrix", 4 * args[0].numel() * args[1].shape[-1]
+    if base in ("linear_backward", "add_to_sum"):
+        products = 2 if base == "linear_backward" else 1
+        return "matrix", products * 2 * args[0].numel() * args[1].shape[-1]
     if base == "nf4_product":
         return "matrix", 2 * args[0].numel() * args[1].shape[0]
     if base == "nf4_gradient":

@@ -36,7 +36,7 @@ from tsumugu.data.store import Store, open_store
 from tsumugu.distributed import paths, tensor
 from tsumugu.distributed.environment import Environment, on_device, on_main, process_group
 from tsumugu.distributed.mesh import build_mesh
-from tsumugu.distributed.parallelize import is_recomputed, reshard
+from tsumugu.distributed.parallelize import exchange, is_recomputed, reshard
 from tsumugu.errors import UserError
 from tsumugu.kernels.linear import sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
@@ -151,7 +151,7 @@ class Trainer:
         weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
         weight_bytes //= self.tensor_degree
         processes = environment.world_size
-        parallel = paths.decide(
+        self.parallel = parallel = paths.decide(
             config.parallel, processor, mesh["shard"].size(), weight_bytes, processes=processes, dtype=dtype
         )
         self.model = build.build_model(
@@ -369,6 +369,7 @@ class Trainer:
         own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, start=1):
             self._mark(f"in forward and backward of micro batch {number} of {len(batches)}")
+            exchange(self.model, self.parallel, last=number == len(batches))
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
