@@ -92,7 +92,7 @@ def _add(gradient_NO: torch.Tensor, rows_NI: torch.Tensor, total: torch.Tensor, 
     begun.data.fill_(True)
 
 
-# To torch's compiler these are functions of their arguments alone, and would be left out if their results were not used.
+# To the compiler these are functions of their arguments alone, and would be left out if their results were not used.
 # They write to two of them, which nothing else in the graph reads, and are called once: backward is not recomputed. The
 # product that makes the gradient of the rows is the compiler's own where a bias leaves it the choice: GPT-NeoX's
 # gradient of queries, keys and values is then written in half the time.
