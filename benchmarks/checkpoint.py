@@ -1,68 +1,52 @@
 """What checkpoints cost: the same steps without any, with training waiting for each, and with training going on.
 
     python benchmarks/checkpoint.py [--folder DIR] [--layers N] [--intervals N]
+    torchrun --standalone --nproc-per-node 8 benchmarks/checkpoint.py --preset 7b --folder DIR      # seconds of each
 
-Trains a GPT-NeoX on random tokens (on a GPU the width of the 1b preset, on a CPU some 60 million parameters) in a
-temporary folder (in DIR: on the disk that is to be measured). Between two checkpoints lie as many steps as make those
+With --preset, one checkpoint of that shape on all processes: how long it takes to write it while training waits and
+while it goes on, and to find it whole (every file is hashed) and load it.
+
+Without, it trains a GPT-NeoX on random tokens (on a GPU the width of the 1b preset, on a CPU some 60 million parameters)
+in a temporary folder (in DIR: on the disk that is to be measured). Between two checkpoints lie as many steps as make those
 that training waits for cost a fifth of the time. Prints a Markdown table; two to four minutes.
 """
 
 import argparse
 import dataclasses
-import json
 import logging
+import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from throughput import random_store
 from transformers import GPTNeoXConfig
 
 from tsumugu import config
-from tsumugu.data.store import FORMAT_VERSION, MANIFEST, ShardWriter, describe_split, token_dtype
-from tsumugu.distributed.environment import process_group
-from tsumugu.tokenizer.contract import VERSION
+from tsumugu.distributed.environment import on_main, process_group
+from tsumugu.model.presets import preset_config
+from tsumugu.tokenizer.contract import read_contract
 from tsumugu.training import checkpoint
 from tsumugu.training.saving import Saved, Saver
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Trainer
 
 VOCABULARY = 32_000
+SAVE_AND_LOAD = (
+    "| shape | GiB | synchronous, s | first asynchronous, stall, s | to COMPLETE, s | next one, stall, s "
+    "| to COMPLETE, s | hashed, s | loaded, s |\n| --- |" + " ---: |" * 8 + "\n"
+)
 SHAPES = {  # hidden size, layers, heads, sequence length, rows a step
     "cuda": (2048, 8, 16, 2048, 16),
     "cpu": (512, 8, 8, 128, 2),
 }
 
 
-def write_store(path: Path, tokens: int) -> None:
-    """One document of random ids, and a contract that fits no tokenizer."""
-    writer = ShardWriter(path / "train" / "00000", token_dtype(VOCABULARY), supervised=False)
-    writer.add(np.random.default_rng(0).integers(4, VOCABULARY, tokens), None)
-    shard = writer.close()
-    contract = {
-        "version": VERSION,
-        "fingerprint": "of no tokenizer",
-        "vocab_size": VOCABULARY,
-        **{"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3},
-        **{"adds_bos": False, "adds_eos": False, "newline": "expressible", "golden": []},
-        "token_bytes": [0] * 4 + [3] * (VOCABULARY - 4),
-    }
-    (path / "tokenizer").mkdir(parents=True)
-    (path / "tokenizer" / "contract.json").write_text(json.dumps(contract))
-    manifest = {
-        "version": FORMAT_VERSION,
-        "kind": "text",
-        "tokenizer": {"fingerprint": "of no tokenizer", "vocab_size": VOCABULARY, "files": {}},
-        **{"template": None, "add_bos": False, "add_eos": False},
-        "splits": {"train": describe_split([shard] if shard else []), "validation": describe_split([])},
-    }
-    (path / MANIFEST).write_text(json.dumps(manifest))
-
-
 def run_config(folder: Path, device: str, layers: int | None) -> config.TrainingRun:
     hidden, default_layers, heads, sequence, rows = SHAPES[device]
-    write_store(folder / "store", 200 * sequence)
     GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -70,15 +54,20 @@ def run_config(folder: Path, device: str, layers: int | None) -> config.Training
         num_hidden_layers=layers or default_layers,
         num_attention_heads=heads,
         max_position_embeddings=sequence,
-        **{"bos_token_id": 1, "eos_token_id": 2},
+        bos_token_id=1,
+        eos_token_id=2,
     ).save_pretrained(folder / "model")
+    random_store(folder / "store", VOCABULARY, 200 * sequence)
+    return configured(folder, sequence, rows, max(1, rows // 4))
+
+
+def configured(folder: Path, sequence: int, rows: int, micro_batch: int) -> config.TrainingRun:
+    """A run of a folder's model configuration and store."""
     return config.TrainingRun(
         model=config.ModelConfig(config=str(folder / "model")),
         tokenizer=config.TokenizerConfig(),
         data=config.DataConfig(store=str(folder / "store"), sequence_length=sequence, audit="off"),
-        train=config.TrainConfig(
-            max_steps=100_000, global_batch_size=rows, micro_batch_size=max(1, rows // 4), log_to=[]
-        ),
+        train=config.TrainConfig(max_steps=100_000, global_batch_size=rows, micro_batch_size=micro_batch, log_to=[]),
         optimizer=config.OptimizerConfig(),
         schedule=config.ScheduleConfig(),
         parallel=config.ParallelConfig(),
@@ -147,6 +136,49 @@ def measure(trainer: Trainer, intervals: int) -> str:
     )
 
 
+def save_and_load(preset: str, folder: str | None) -> str:
+    """Seconds of a checkpoint of a preset's shape, on all processes."""
+    with process_group() as environment:
+        scratch = Path(on_main(lambda: tempfile.mkdtemp(dir=folder)))
+        try:
+            on_main(lambda: prepare(preset, scratch))
+            training = configured(scratch, sequence=512, rows=environment.world_size, micro_batch=1)
+            trainer = Trainer(training, scratch / "run", environment)
+            take_steps(trainer, 2)
+            figures = [f"{preset}, {environment.world_size} processes"]
+            waiting, going_on = saver_of(trainer, asynchronous=False), saver_of(trainer, asynchronous=True)
+            figures += [f"{save_once(trainer, waiting).seconds:.1f}"]
+            for _ in range(2):  # the second one finds its host memory there
+                saved = save_once(trainer, going_on)
+                figures += [f"{saved.stall_seconds:.1f}", f"{saved.seconds:.1f}"]
+            started = time.perf_counter()
+            newest = checkpoint.newest(trainer.run_dir, trainer.group, print, set())
+            assert newest is not None
+            found = time.perf_counter()
+            checkpoint.weights(newest)(trainer.model, [])
+            checkpoint.load_optimizer(newest, trainer.model, trainer.optimizer)
+            dist.barrier()
+            size = sum(file.stat().st_size for file in newest.path.iterdir()) / 2**30
+            figures[1:1] = [f"{size:.1f}"]
+            figures += [f"{found - started:.1f}", f"{time.perf_counter() - found:.1f}"]
+        finally:
+            on_main(lambda: shutil.rmtree(scratch))
+    return f"{SAVE_AND_LOAD}| {' | '.join(figures)} |"
+
+
+def save_once(trainer: Trainer, saver: Saver) -> Saved:
+    trainer.step += 1
+    take_steps(trainer, 0, saver)
+    saver.wait()
+    (saved,) = saver.completed()
+    return saved
+
+
+def prepare(preset: str, folder: Path) -> None:
+    random_store(folder / "store", VOCABULARY, 100_000)
+    preset_config(preset, read_contract(folder / "store" / "tokenizer")).save_pretrained(folder / "model")
+
+
 def row(name: str, seconds: float, without: float, saved: list[Saved]) -> str:
     cells = [name, f"{seconds:.1f} s", f"{seconds / without - 1:.1%}"]
     if saved:
@@ -159,10 +191,16 @@ def row(name: str, seconds: float, without: float, saved: list[Saved]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", help="where checkpoints are written; default: a temporary folder")
+    parser.add_argument("--preset", help="of this shape, on all processes of torchrun")
     parser.add_argument("--layers", type=int, help="decoder layers")
     parser.add_argument("--intervals", type=int, default=2, help="checkpoints of each kind that are measured")
     options = parser.parse_args()
     logging.getLogger("torch").setLevel(logging.ERROR)
+    if options.preset:
+        table = save_and_load(options.preset, options.folder)
+        if os.environ.get("RANK", "0") == "0":
+            print(table)
+        return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch, process_group() as environment:
         trainer = Trainer(run_config(Path(scratch), device, options.layers), Path(scratch) / "run", environment)
