@@ -6,9 +6,9 @@
 With --preset, one checkpoint of that shape on all processes: how long it takes to write it while training waits and
 while it goes on, and to find it whole (every file is hashed) and load it.
 
-Without, it trains a GPT-NeoX on random tokens (on a GPU the width of the 1b preset, on a CPU some 60 million parameters)
-in a temporary folder (in DIR: on the disk that is to be measured). Between two checkpoints lie as many steps as make those
-that training waits for cost a fifth of the time. Prints a Markdown table; two to four minutes.
+Without, it trains a GPT-NeoX on random tokens (on a GPU the width of the 1b preset, on a CPU some 60 million
+parameters) in a temporary folder (in DIR: on the disk that is to be measured). Between two checkpoints lie as many
+steps as make those that training waits for cost a fifth of the time. Prints a Markdown table; two to four minutes.
 """
 
 import argparse

@@ -3,8 +3,8 @@
 The reference is stock transformers on whole weights, one unpadded row at a time, the sum of all token losses over their
 number, and torch's AdamW in its plainest form.
 
-A run of the suite takes cases in which every two choices meet. `make equivalence` takes all of them (compiled layers: of
-four models, without padding); with TSUMUGU_EQUIVALENCE=all:3/64 the fourth of 64 parts, so that several processes or
+A run of the suite takes cases in which every two choices meet. `make equivalence` takes all of them (compiled layers:
+of four models, without padding); with TSUMUGU_EQUIVALENCE=all:3/64 the fourth of 64 parts, so that several processes or
 machines can share the work. With TORCHINDUCTOR_CACHE_DIR set, parts share what the compiler has made.
 """
 
