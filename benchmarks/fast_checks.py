@@ -29,6 +29,7 @@ from tsumugu.distributed.environment import process_group
 from tsumugu.kernels import cross_entropy, has_triton
 from tsumugu.kernels import masters as kernels
 from tsumugu.model import masters
+from tsumugu.training.deterministic import deterministic
 from tsumugu.training.signals import StopRequest
 from tsumugu.training.trainer import Trainer
 
@@ -162,7 +163,7 @@ def take(run: config.TrainingRun, run_dir: Path) -> tuple[np.ndarray, dict[str, 
     """Trains; losses, masters at the end, and what was printed."""
     from tsumugu.training.metrics import read_metrics
 
-    with process_group() as environment:
+    with deterministic(run.train.deterministic), process_group() as environment:
         trainer = Trainer(run, run_dir, environment)
         trainer.train(StopRequest())
         losses = np.array([line["loss"] for line in read_metrics(run_dir) if "loss" in line])
@@ -201,6 +202,11 @@ def check_runs(folder: Path) -> None:
     resumed, _, _ = take(run_of(folder, name), folder / "half")
     fast, _, _ = take(run_of(folder, name), folder / "whole")
     check("a stopped run goes on as the whole one", float(np.abs(resumed / fast - 1).max()), 1e-3)
+    same = {"train__deterministic": True}
+    once, _, _ = take(run_of(folder, name, **same), folder / "deterministic")
+    take(run_of(folder, name, **same, **half), folder / "deterministic half")
+    again, _, _ = take(run_of(folder, name, **same), folder / "deterministic half")
+    check("a stopped run goes on bit for bit, with train.deterministic", float(np.abs(again - once).max()), 0)
     _, at_half, _ = take(run_of(folder, name, **half, **sharded), folder / "sharded half")
     _, read, _ = take(run_of(folder, name, **half), folder / "sharded half")
     check("the masters of fsdp are read exactly", max((read[key] - at_half[key]).abs().max().item() for key in read), 0)

@@ -20,6 +20,7 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
     sums=0      weights' gradients are added to their sums by passes of their own
     chunk=N     2^N logits at a time; 0: whole logits (parallel.chunked_loss false)
     triton=0    torch's operations in place of the kernels in Triton
+    same=1      train.deterministic
     masks=1     transformers looks for masks, and the host waits for the device
     attention=  flash | cudnn: that kernel alone
     inductor=X  a switch of torch._inductor.config that is turned on, such as max_autotune_gemm
@@ -114,10 +115,12 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
     import torch
 
     from tsumugu import config
+    from tsumugu.distributed import exchange
     from tsumugu.distributed.environment import process_group
     from tsumugu.kernels import cross_entropy, masters
     from tsumugu.model import attention
     from tsumugu.training import trainer as trainer_module
+    from tsumugu.training.deterministic import deterministic
     from tsumugu.training.trainer import Trainer
 
     chunk = int(options.get("chunk", 27))
@@ -126,6 +129,7 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
         cross_entropy.fused = masters.fused = lambda tensor: False
     if options.get("sums") == "0":
         trainer_module.sum_in_products = lambda module, sums: None
+        exchange._summed = lambda *_: []
     if options.get("masks") == "1":
         attention.without_masks = lambda model: None
     micro, processes = int(options.get("micro", 1)), int(options.get("gpus", 1))
@@ -153,7 +157,7 @@ def of_tsumugu(way: str, options: dict[str, str], arguments: argparse.Namespace)
         evaluate=config.EvaluateConfig(),
         guard=config.GuardConfig(),
     )
-    with process_group() as environment:
+    with deterministic(options.get("same") == "1"), process_group() as environment:
         trainer = Trainer(run, arguments.out / "run", environment)
         print("\n".join(trainer.paths), trainer.model.config._attn_implementation, sep="\n", flush=True)
         built = time.perf_counter()

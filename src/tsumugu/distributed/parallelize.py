@@ -137,18 +137,6 @@ def _check_dropout(config: ParallelConfig) -> None:
         )
 
 
-def exchange(model: nn.Module, config: ParallelConfig, last: bool) -> None:
-    """Says what the next backward pass does with its gradients, and with gathered weights.
-
-    With parallel.sync_each_micro_batch false gradients are summed on every device until the `last` micro batch of a
-    step, and weights that stay gathered after forward stay so until then, too.
-    """
-    if config.fsdp and not config.sync_each_micro_batch:
-        assert isinstance(model, FSDPModule)
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last or config.reshard_after_forward != "never")
-
-
 def reshard(model: nn.Module) -> None:
     """Drops gathered weights, which forward without backward leaves in memory."""
     for module in _groups(model):

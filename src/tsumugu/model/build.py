@@ -204,9 +204,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that transformers names as not to be split: the decoder layers."""
+    """The modules that transformers names as not to be split: the decoder layers (FSDP2 derives classes of theirs)."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if any(base.__name__ in names for base in type(module).__mro__)]
 
 
 def parts(model: PreTrainedModel) -> list[list[str]]:

@@ -35,8 +35,9 @@ from tsumugu.data.packing import IGNORE_INDEX, Batch, BestFit, Rows, rows_of
 from tsumugu.data.store import Store, open_store
 from tsumugu.distributed import paths, tensor
 from tsumugu.distributed.environment import Environment, on_device, on_main, process_group
+from tsumugu.distributed.exchange import Exchange
 from tsumugu.distributed.mesh import build_mesh
-from tsumugu.distributed.parallelize import exchange, is_recomputed, reshard
+from tsumugu.distributed.parallelize import is_recomputed, reshard
 from tsumugu.errors import UserError
 from tsumugu.kernels.linear import sum_in_products
 from tsumugu.model import attention, build, head, lora, nf4
@@ -44,6 +45,7 @@ from tsumugu.model.flops import flops, peak_flops
 from tsumugu.model.presets import preset_config
 from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_contract
 from tsumugu.training import checkpoint, memory, norms
+from tsumugu.training.deterministic import deterministic
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.isolation import crossing
 from tsumugu.training.loss import summed_loss
@@ -81,7 +83,11 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     """
     hang_timeout = config.train.hang_timeout
     try:
-        with process_group(group_timeout(hang_timeout)) as environment, stop_requests() as request:
+        with (
+            deterministic(config.train.deterministic),
+            process_group(group_timeout(hang_timeout)) as environment,
+            stop_requests() as request,
+        ):
             watchdog = Watchdog(hang_timeout, environment.rank)
             with watchdog.watching(), _memory_explained(config, environment):
                 trainer = Trainer(config, run_dir, environment, watchdog)
@@ -151,7 +157,7 @@ class Trainer:
         weight_bytes = build.weight_bytes(self.model_config, compute_dtype, config.model.lora.quantize)
         weight_bytes //= self.tensor_degree
         processes = environment.world_size
-        self.parallel = parallel = paths.decide(
+        parallel = paths.decide(
             config.parallel, processor, mesh["shard"].size(), weight_bytes, processes=processes, dtype=dtype
         )
         self.model = build.build_model(
@@ -184,10 +190,13 @@ class Trainer:
         self.tensor_mesh = mesh["tensor"] if self.tensor_degree > 1 else None
         self.held_whole = tensor.whole_parameters(self.model) if self.tensor_mesh else []
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        layers = build.decoder_layers(self.model)
         if isinstance(self.optimizer, MasterAdamW):
-            for index, layer in enumerate(build.decoder_layers(self.model)):
+            for index, layer in enumerate(layers):
                 if not is_recomputed(index, parallel):
                     sum_in_products(layer, self.optimizer.sums)
+        micro_batches = len(self.share.positions(0))
+        self.exchange = Exchange(self.model, layers, parallel, master_dtype, self.device, micro_batches)
         if moments := resumed or branched:
             checkpoint.load_optimizer(moments, self.model, self.optimizer)
         self._take_over(state)
@@ -369,10 +378,11 @@ class Trainer:
         own_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(batches, start=1):
             self._mark(f"in forward and backward of micro batch {number} of {len(batches)}")
-            exchange(self.model, self.parallel, last=number == len(batches))
+            self.exchange.before(last=number == len(batches))
             batch_loss = self._summed_loss(batch) / supervised
             (batch_loss if scale is None else batch_loss * scale).backward()
             own_loss += batch_loss.detach()
+        self.exchange.after()
         master_optimizer = self.optimizer if isinstance(self.optimizer, MasterAdamW) else None
         if master_optimizer:
             master_optimizer.collect()

@@ -1,0 +1,86 @@
+"""When devices exchange gradients: in every micro batch, or once a step (parallel.sync_each_micro_batch)."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from tsumugu.config import ParallelConfig
+from tsumugu.distributed.parallelize import is_recomputed
+from tsumugu.errors import UserError
+from tsumugu.kernels.linear import Sum, sum_in_products
+
+
+class Exchange:
+    """Tells FSDP2, before every forward pass of a step, what the backward pass does with its gradients.
+
+    Once a step: gradients are summed on every device until the last micro batch, and weights that stay gathered after
+    forward stay so until then, too. Where all weights are trained, the matrix products of layers that are not
+    recomputed add to the sums themselves, as on one device.
+
+    Args:
+        model: Sharded by FSDP2, or not.
+        layers: Its decoder layers, in their order.
+        config: With nothing left to decide (see `distributed.paths`).
+        dtype: Of the sums.
+        device: On which it computes.
+        micro_batches: Of a step, on this process.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        config: ParallelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        micro_batches: int,
+    ):
+        self._root = model if isinstance(model, FSDPModule) else None
+        self._once = self._root is not None and not config.sync_each_micro_batch
+        self._stays_gathered = config.reshard_after_forward == "never"
+        self._held: list[tuple[Any, Sum]] = []  # FSDP2's parameters, and the sums that products make
+        trained = all(parameter.requires_grad for parameter in model.parameters())  # and so inputs need gradients, too
+        if self._once and micro_batches > 1 and config.tensor_degree == 1 and trained:
+            for index, layer in enumerate(layers):
+                if not is_recomputed(index, config):
+                    self._held += _summed(layer, dtype, device)
+
+    def before(self, last: bool) -> None:
+        """Before the forward pass of a micro batch, the last of its step or not."""
+        if self._root is None or not self._once:
+            return
+        self._root.set_requires_gradient_sync(last)
+        self._root.set_reshard_after_backward(last or not self._stays_gathered)
+        if last:
+            for parameter, held in self._held:
+                parameter.unsharded_accumulated_grad = held.total
+
+    def after(self) -> None:
+        """After the last backward pass of a step.
+
+        Raises:
+            UserError: A layer was not used in the step, whose sum is that of the step before.
+        """
+        for _, held in self._held:
+            if not held.begun:
+                raise UserError(
+                    "a layer of the model takes no part in some steps", "set parallel.sync_each_micro_batch to true"
+                )
+            held.begun.fill_(False)
+
+
+def _summed(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[Any, Sum]]:
+    """Makes products of a layer add to sums of their own. FSDP2 is handed them as those that it makes itself of
+    gradients that are not exchanged yet, for which it has no public way."""
+    assert isinstance(layer, FSDPModule)
+    group: Any = layer._get_fsdp_state()._fsdp_param_group
+    found = []
+    for parameter in group.fsdp_params:
+        module, name = parameter._module_info.module, parameter._module_info.param_name
+        if type(module) is nn.Linear and name == "weight":
+            held = Sum(torch.zeros(module.weight.shape, dtype=dtype, device=device), torch.tensor(False))
+            sum_in_products(module, {module.weight: held})
+            found.append((parameter, held))
+    return found
