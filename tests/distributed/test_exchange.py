@@ -77,9 +77,10 @@ def test_collectives_of_a_step(reshard: str, sync: bool, gathers: int, reduces: 
     assert summed == (0 if sync else 4 * LAYERS)
 
 
-def test_gradients_are_those_of_all_micro_batches_and_of_one_step_alone():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_those_of_all_micro_batches_and_of_one_step_alone(compiled: bool):
     with process_group():
-        model, _, exchange = built(1, **ONCE)
+        model, _, exchange = built(1, **ONCE, compile=compiled)
         plain, _, each = built(1, sync_each_micro_batch=True, fsdp=True)
         for _ in range(2):
             model.zero_grad()
