@@ -13,6 +13,7 @@ fail (out of memory) or be stopped (--limit) without ending the run. A row is a 
     way         fast: what tsumugu does by itself; fsdp: FSDP2 over the one process (parallel.fsdp true);
                 hf: transformers' Trainer with fused AdamW, bf16 autocast and torch.compile;
                 litgpt: its model in the loop of its `pretrain` (Fabric bf16-mixed, torch.compile), if installed
+                titan: torchtitan's Llama in the steps of its trainer (0.2.2; several GPUs by its FSDP2), if installed
     micro=N     rows a micro batch
     recompute=  none | selective | full (hf: full is gradient_checkpointing)
     budget=X    parallel.activation_memory_budget
@@ -68,7 +69,7 @@ ROWS = {
 SCALING = {  # rows a micro batch of tsumugu and of transformers' Trainer
     "1b": (8, 8), "3.6b": (3, 2), "7b": (4, 2), "13b": (2, 1),
 }  # fmt: skip
-OTHERS = ["hf micro=2", "hf micro=2 liger=1", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
+OTHERS = ["hf micro=2", "hf micro=2 liger=1", "titan micro=2", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
 MICRO_BATCHES, SEED = 4, 1
 KINDS = {  # of kernels, by parts of their names; the first that fits
     "tsumugu": ("_adamw", "_accumulate", "_cross_entropy"),
@@ -259,106 +260,6 @@ def length(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def of_transformers(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures Hugging Face's Trainer."""
-    import numpy as np
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-
-    micro, model_config = int(options.get("micro", 1)), AutoConfig.from_pretrained(arguments.out / "model")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-    model.config.use_cache = False
-    sharded: dict[str, Any] = {}
-    processes = int(options.get("gpus", 1))
-    if processes > 1:
-        fsdp = {"version": 2, "reshard_after_forward": options.get("reshard") != "never"}
-        sharded = {"fsdp": True, "fsdp_config": fsdp}
-    steps = arguments.warm + arguments.steps
-    draw = np.random.default_rng(0)
-    rows = draw.integers(4, model_config.vocab_size, (micro * MICRO_BATCHES * steps * processes, arguments.length))
-    data: Any = [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows)]
-    clock: dict[int, float] = {}
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (arguments.warm, steps):
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                clock[state.global_step] = time.perf_counter()
-            if state.global_step == arguments.warm:
-                reset_peak()
-
-    trainer = Trainer(
-        model=model,
-        train_dataset=data,
-        callbacks=[Clock()],
-        args=TrainingArguments(
-            output_dir=str(arguments.out / "hf"), max_steps=steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=MICRO_BATCHES, bf16=torch.cuda.is_available(),
-            torch_compile=torch.cuda.is_available() and options.get("liger") != "1",
-            optim="adamw_torch_fused", learning_rate=3e-4, weight_decay=0.1,
-            adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
-            save_strategy="no", report_to=[], disable_tqdm=True, seed=SEED, remove_unused_columns=False,
-            gradient_checkpointing=options.get("recompute") == "full", use_liger_kernel=options.get("liger") == "1",
-            **sharded,
-        ),
-    )  # fmt: skip
-    loss = trainer.train().training_loss
-    seconds = (clock[steps] - clock[arguments.warm]) / arguments.steps
-    with torch.device("meta"):
-        alike = AutoModelForCausalLM.from_config(model_config)
-    return figures(alike, options, seconds, arguments) | {"loss": loss}
-
-
-def of_litgpt(options: dict[str, str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures litgpt's GPT-NeoX in the steps that its `pretrain.fit` takes."""
-    import lightning
-    import torch
-    from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape, micro = AutoConfig.from_pretrained(arguments.out / "model"), int(options.get("micro", 1))
-    fabric = lightning.Fabric(devices=1, precision="bf16-mixed")
-    with fabric.init_module(empty_init=False):
-        model = GPT(
-            Config(
-                block_size=arguments.length, n_layer=shape.num_hidden_layers, n_embd=shape.hidden_size,
-                n_head=shape.num_attention_heads, padded_vocab_size=shape.vocab_size, rotary_percentage=1.0,
-                parallel_residual=shape.use_parallel_residual, bias=True, lm_head_bias=False,
-                intermediate_size=shape.intermediate_size, mlp_class_name="GptNeoxMLP", norm_class_name="LayerNorm",
-            )
-        )  # fmt: skip
-    model = fabric.setup(torch.compile(model))
-    optimizer = fabric.setup_optimizers(
-        torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
-    )
-    draw = torch.Generator().manual_seed(SEED)
-    loss = torch.zeros(())
-    for step in range(arguments.warm + arguments.steps):
-        if step == arguments.warm:
-            torch.cuda.synchronize()
-            reset_peak()
-            started = time.perf_counter()
-        for number in range(MICRO_BATCHES):
-            ids = torch.randint(4, arguments.vocabulary, (micro, arguments.length + 1), generator=draw).cuda()
-            with fabric.no_backward_sync(model, enabled=number < MICRO_BATCHES - 1):
-                loss = chunked_cross_entropy(model(ids[:, :-1]), ids[:, 1:], chunk_size=0)
-                fabric.backward(loss / MICRO_BATCHES)
-        fabric.clip_gradients(model, optimizer, max_norm=1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - started) / arguments.steps
-    with torch.device("meta"):
-        alike = AutoModelForCausalLM.from_config(shape)
-    return figures(alike, options, seconds, arguments) | {"loss": loss.item()}
-
-
 def reset_peak() -> None:
     import torch
 
@@ -397,10 +298,11 @@ def one_row(row: str, arguments: argparse.Namespace) -> None:
         from torch._inductor import config as inductor
 
         setattr(inductor, options["inductor"], True)
-    if way == "hf":
-        result = of_transformers(options, arguments)
-    elif way == "litgpt":
-        result = of_litgpt(options, arguments)
+    if way in ("hf", "litgpt", "titan"):
+        import throughput_peers
+
+        model, measured = getattr(throughput_peers, way)(options, arguments)
+        result = figures(model, options, measured.pop("step_seconds"), arguments) | measured
     else:
         result = of_tsumugu(way, options, arguments)
     if os.environ.get("RANK", "0") == "0":
