@@ -1,5 +1,7 @@
 """A run that hangs: every process says where it stands, and all end."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +49,29 @@ def test_every_process_says_where_it_hangs_and_ends(made: Path, tmp_path: Path):
     assert "while reading data (after 3 steps)" in reading
     assert "in a_file_system_that_does_not_answer" in reading
     assert "in train_step" in reading
+    assert "no sign of life" not in waiting + reading
+
+
+def test_a_process_that_cannot_speak_is_named_by_the_others(made: Path, tmp_path: Path):
+    changes = {"model.config": str(made / "gpt_neox"), "train.max_steps": 9, "train.hang_timeout": 4}
+    configuration.write(run_config(made / "text", changes | {"train.global_batch_size": 2}), tmp_path / "config.yaml")
+    script = _RANK.replace("time.sleep(300)", "Path(folder, 'there').touch(); time.sleep(300)")
+    command = [sys.executable, "-c", script]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    while not (tmp_path / "there").exists():
+        assert ranks[1].poll() is None
+        time.sleep(0.05)
+    time.sleep(2)  # a sign of life or more
+    os.kill(ranks[1].pid, signal.SIGSTOP)
+    try:
+        said = ranks[0].communicate(timeout=120)[1]
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    assert ranks[0].returncode == EXIT_CODE
+    assert "rank 0: rank 1 gives no sign of life; the last: reading data (after 3 steps)" in said
 
 
 def test_code_that_holds_the_interpreter_is_ended_too():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,10 +22,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
         return
     import torch._inductor.config as inductor
 
+    memory: Any = torch.utils.deterministic
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which torch demands; see its notes on reproducibility
-    before = inductor.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    before = inductor.deterministic, memory.fill_uninitialized_memory
     inductor.deterministic = True  # kernels are chosen without timing them
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it
+    memory.fill_uninitialized_memory = False  # nothing reads it
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -36,4 +38,4 @@ def deterministic(wanted: bool) -> Iterator[None]:
         ) from error
     finally:
         torch.use_deterministic_algorithms(False)
-        inductor.deterministic, torch.utils.deterministic.fill_uninitialized_memory = before
+        inductor.deterministic, memory.fill_uninitialized_memory = before

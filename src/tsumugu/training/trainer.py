@@ -88,7 +88,7 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
             process_group(group_timeout(hang_timeout)) as environment,
             stop_requests() as request,
         ):
-            watchdog = Watchdog(hang_timeout, environment.rank)
+            watchdog = Watchdog(hang_timeout, environment.rank, environment.world_size)
             with watchdog.watching(), _memory_explained(config, environment):
                 trainer = Trainer(config, run_dir, environment, watchdog)
                 outlast(hang_timeout, trainer.group)

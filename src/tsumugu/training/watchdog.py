@@ -2,7 +2,7 @@
 
 The trainer marks its progress; a thread watches the marks. Waiting for the device, for another process and for a file
 system lets that thread run. Code that does not (it holds the interpreter's lock) is left to `faulthandler`, which needs
-no lock, prints the stacks alone and exits with 1.
+no lock, prints the stacks alone and exits with 1. A process that cannot speak at all is named by the others.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 from torch._C import _distributed_c10d
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup, Store, distributed_c10d
 
 EXIT_CODE = 4
 LINGER_SECONDS = 15.0
 """A process that ends makes those that wait for it fail: it gives them time to speak first."""
+REPORTED = "reported"
 PATIENCE = 4.0
 """The factor of the longest waits that are no hang, of `mark`."""
 
@@ -51,10 +53,12 @@ class Watchdog:
     Args:
         timeout: Seconds without a mark after which the process reports and ends with `EXIT_CODE`; None: never.
         rank: Of this process.
+        world_size: Processes that watch themselves so, which give each other signs of life through the store of their
+            process group.
     """
 
-    def __init__(self, timeout: float | None, rank: int):
-        self._timeout, self._rank = timeout, rank
+    def __init__(self, timeout: float | None, rank: int, world_size: int = 1):
+        self._timeout, self._rank, self._world_size = timeout, rank, world_size
         self._mark: tuple[str, float] = ("starting", PATIENCE)
         self._over = threading.Event()
 
@@ -68,8 +72,14 @@ class Watchdog:
         if self._timeout is None:
             yield
             return
-        thread = threading.Thread(target=self._watch, args=(self._timeout,), name="watchdog", daemon=True)
+        interval = min(5.0, self._timeout / 10)
+        signs = _Signs(self._rank, self._world_size, interval) if self._world_size > 1 else None
+        thread = threading.Thread(
+            target=self._watch, args=(self._timeout, interval, signs), name="watchdog", daemon=True
+        )
         thread.start()
+        if signs:
+            threading.Thread(target=self._give_signs, args=(signs,), name="signs of life", daemon=True).start()
         try:
             yield
         finally:
@@ -77,8 +87,14 @@ class Watchdog:
             thread.join()
             faulthandler.cancel_dump_traceback_later()
 
-    def _watch(self, timeout: float) -> None:
-        interval = min(5.0, timeout / 10)
+    def _give_signs(self, signs: "_Signs") -> None:
+        number = 0
+        while not self._over.wait(signs.interval):
+            number += 1
+            if not signs.give(f"{number} {self._mark[0]}"):
+                return
+
+    def _watch(self, timeout: float, interval: float, signs: "_Signs | None") -> None:
         seen, waited, before = self._mark, 0.0, time.monotonic()
         while not self._over.wait(interval):
             # only this thread sets it anew, for which it needs the interpreter's lock
@@ -90,7 +106,12 @@ class Watchdog:
                 seen, waited = self._mark, 0.0
             elif waited > timeout * seen[1]:
                 os.write(2, self._report(seen[0], waited).encode())
+                for rank, doing in signs.silent() if signs else ():
+                    line = f"rank {self._rank}: rank {rank} gives no sign of life; the last: {doing}\n"
+                    os.write(2, line.encode())
                 time.sleep(min(LINGER_SECONDS, timeout))
+                if signs:
+                    signs.give(REPORTED)
                 os._exit(EXIT_CODE)
 
     def _report(self, doing: str, seconds: float) -> str:
@@ -102,6 +123,42 @@ class Watchdog:
                 lines.append(f"rank {self._rank}: thread {names.get(ident, ident)}, innermost call first:")
                 lines += _stack(frame)
         return "\n".join(lines) + "\n"
+
+
+class _Signs:
+    """Signs of life of every process, in the store of the process group, through a connection of their own."""
+
+    def __init__(self, rank: int, world_size: int, interval: float):
+        self.interval, self._rank, self._world_size = interval, rank, world_size
+        store: Any = distributed_c10d._get_default_store()
+        self._store: Store = store.clone()
+        self._store.set_timeout(timedelta(seconds=5))
+
+    def give(self, sign: str) -> bool:
+        """Whether the store could be reached."""
+        try:
+            self._store.set(f"tsumugu/{self._rank}", sign)
+        except RuntimeError:
+            return False
+        return True
+
+    def silent(self) -> list[tuple[int, str]]:
+        """Processes that give no sign within some intervals, and what they said last that they were doing."""
+        before = self._given()
+        time.sleep(4 * self.interval)
+        after = self._given()
+        return [
+            (rank, sign.partition(" ")[2])
+            for rank, sign in after.items()
+            if sign != REPORTED and before.get(rank) == sign
+        ]
+
+    def _given(self) -> dict[int, str]:
+        names = [f"tsumugu/{rank}" for rank in range(self._world_size)]
+        try:
+            return {rank: self._store.get(n).decode() for rank, n in enumerate(names) if self._store.check([n])}
+        except RuntimeError:
+            return {}
 
 
 def _stack(frame: FrameType | None) -> Iterator[str]:
