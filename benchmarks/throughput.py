@@ -67,7 +67,7 @@ ROWS = {
     ],
 }  # fmt: skip
 SCALING = {  # rows a micro batch of tsumugu and of transformers' Trainer
-    "1b": (8, 8), "3.6b": (3, 2), "7b": (4, 2), "13b": (2, 1),
+    "1b": (8, 8), "3.6b": (3, 2), "7b": (3, 2), "13b": (2, 1),
 }  # fmt: skip
 OTHERS = ["hf micro=2", "hf micro=2 liger=1", "titan micro=2", "fsdp micro=2 chunk=0 masks=1", "fast micro=2"]
 MICRO_BATCHES, SEED = 4, 1
