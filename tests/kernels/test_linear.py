@@ -88,6 +88,15 @@ def test_sums_are_those_of_exact_gradients(dtype: torch.dtype, way: str, inputs_
         torch.testing.assert_close(of_inputs.double(), of_exact_inputs, rtol=0, atol=allowed * 4)
 
 
+def test_the_compiler_leaves_no_sum_out_where_a_bias_is_not_trained():
+    layer = nn.Linear(8, 4)
+    layer.bias.requires_grad_(False)
+    held = Sum(torch.empty(4, 8), torch.tensor(False))
+    sum_in_products(layer, {layer.weight: held})
+    torch.compile(layer)(torch.ones(3, 8, requires_grad=True)).sum().backward()
+    assert torch.equal(held.total, torch.full((4, 8), 3.0))
+
+
 def test_a_sum_is_not_rounded_to_the_dtype_of_the_weights():
     layer = nn.Linear(8, 4, bias=False, dtype=torch.bfloat16)
     held = Sum(torch.empty(4, 8), torch.tensor(False))

@@ -74,6 +74,38 @@ def test_a_process_that_cannot_speak_is_named_by_the_others(made: Path, tmp_path
     assert "rank 0: rank 1 gives no sign of life; the last: reading data (after 3 steps)" in said
 
 
+def test_a_store_that_gives_no_answer_holds_nobody():
+    script = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from tsumugu.training.watchdog import Watchdog
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, timeout=timedelta(seconds=30), wait_for_workers=False)
+if rank == 0:
+    print(store.port, flush=True)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+with Watchdog(2.0, rank, 2).watching():
+    print("watches", flush=True)
+    time.sleep(300)
+"""
+    command, pipes = [sys.executable, "-c", script], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    first = subprocess.Popen([*command, "0", "0"], text=True, **pipes)
+    assert first.stdout
+    second = subprocess.Popen([*command, "1", first.stdout.readline().strip()], text=True, **pipes)
+    assert second.stdout
+    try:
+        assert [process.stdout.readline() for process in (first, second)] == ["watches\n"] * 2
+        os.kill(first.pid, signal.SIGSTOP)
+        said = second.communicate(timeout=60)[1]
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert second.returncode == EXIT_CODE
+    assert "rank 1: the store of the process group gives no answer" in said
+
+
 def test_code_that_holds_the_interpreter_is_ended_too():
     script = """
 import re, time

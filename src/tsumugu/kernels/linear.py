@@ -71,14 +71,14 @@ class _Linear(torch.autograd.Function):
         begun: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(input, weight, total, begun)
-        ctx.has_bias = bias is not None
+        ctx.trains_bias = bias is not None and bias.requires_grad
         return F.linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor):  # type: ignore[override]
         input, weight, total, begun = ctx.saved_tensors
         gradient_NO, rows_NI = gradient.flatten(0, -2), input.flatten(0, -2)
-        if ctx.has_bias:
+        if ctx.trains_bias:
             zero = torch.ops.tsumugu.add_to_sum(gradient_NO, rows_NI, total, begun)
             d_rows, d_bias = gradient_NO @ weight, gradient_NO.sum(0) + zero
         else:

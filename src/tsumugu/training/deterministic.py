@@ -34,7 +34,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         if "deterministic implementation" not in str(error):
             raise
         raise UserError(
-            f"train.deterministic is true, but {str(error).partition('.')[0]}", "set it to false"
+            f"train.deterministic is true, but {str(error).partition(',')[0]}", "set it to false"
         ) from error
     finally:
         torch.use_deterministic_algorithms(False)

@@ -23,7 +23,10 @@ from torch.distributed import ProcessGroup, Store, distributed_c10d
 EXIT_CODE = 4
 LINGER_SECONDS = 15.0
 """A process that ends makes those that wait for it fail: it gives them time to speak first."""
+ANSWER_SECONDS = 5.0
+"""Within which the store of the process group answers, unless what serves it hangs."""
 REPORTED = "reported"
+_NO_STORE = "the store of the process group gives no answer: the launcher hangs, or rank 0, or its host"
 PATIENCE = 4.0
 """The factor of the longest waits that are no hang, of `mark`."""
 
@@ -60,7 +63,7 @@ class Watchdog:
     def __init__(self, timeout: float | None, rank: int, world_size: int = 1):
         self._timeout, self._rank, self._world_size = timeout, rank, world_size
         self._mark: tuple[str, float] = ("starting", PATIENCE)
-        self._over = threading.Event()
+        self._over, self._hangs = threading.Event(), threading.Event()
 
     def mark(self, doing: str, patience: float = 1.0) -> None:
         """Progress: from now on the process is `doing` this, for which it may take `patience` × timeout."""
@@ -73,13 +76,15 @@ class Watchdog:
             yield
             return
         interval = min(5.0, self._timeout / 10)
-        signs = _Signs(self._rank, self._world_size, interval) if self._world_size > 1 else None
+        speaker = None
+        if self._world_size > 1:
+            signs = _Signs(self._rank, self._world_size, interval)
+            speaker = threading.Thread(target=self._give_signs, args=(signs,), name="signs of life", daemon=True)
+            speaker.start()
         thread = threading.Thread(
-            target=self._watch, args=(self._timeout, interval, signs), name="watchdog", daemon=True
+            target=self._watch, args=(self._timeout, interval, speaker), name="watchdog", daemon=True
         )
         thread.start()
-        if signs:
-            threading.Thread(target=self._give_signs, args=(signs,), name="signs of life", daemon=True).start()
         try:
             yield
         finally:
@@ -90,11 +95,17 @@ class Watchdog:
     def _give_signs(self, signs: "_Signs") -> None:
         number = 0
         while not self._over.wait(signs.interval):
+            if self._hangs.is_set():
+                signs.give(REPORTED)
+                for rank, doing in signs.silent():
+                    line = f"rank {self._rank}: rank {rank} gives no sign of life; the last: {doing}\n"
+                    os.write(2, line.encode())
+                return
             number += 1
             if not signs.give(f"{number} {self._mark[0]}"):
                 return
 
-    def _watch(self, timeout: float, interval: float, signs: "_Signs | None") -> None:
+    def _watch(self, timeout: float, interval: float, speaker: threading.Thread | None) -> None:
         seen, waited, before = self._mark, 0.0, time.monotonic()
         while not self._over.wait(interval):
             # only this thread sets it anew, for which it needs the interpreter's lock
@@ -106,12 +117,12 @@ class Watchdog:
                 seen, waited = self._mark, 0.0
             elif waited > timeout * seen[1]:
                 os.write(2, self._report(seen[0], waited).encode())
-                for rank, doing in signs.silent() if signs else ():
-                    line = f"rank {self._rank}: rank {rank} gives no sign of life; the last: {doing}\n"
-                    os.write(2, line.encode())
+                if speaker:
+                    self._hangs.set()
+                    speaker.join(5 * interval + ANSWER_SECONDS)  # a store that does not answer holds it for ever
+                    if speaker.is_alive():
+                        os.write(2, f"rank {self._rank}: {_NO_STORE}\n".encode())
                 time.sleep(min(LINGER_SECONDS, timeout))
-                if signs:
-                    signs.give(REPORTED)
                 os._exit(EXIT_CODE)
 
     def _report(self, doing: str, seconds: float) -> str:
@@ -132,7 +143,7 @@ class _Signs:
         self.interval, self._rank, self._world_size = interval, rank, world_size
         store: Any = distributed_c10d._get_default_store()
         self._store: Store = store.clone()
-        self._store.set_timeout(timedelta(seconds=5))
+        self._store.set_timeout(timedelta(seconds=ANSWER_SECONDS))
 
     def give(self, sign: str) -> bool:
         """Whether the store could be reached."""
