@@ -1,5 +1,6 @@
 """Out of memory: where it is, by hand, and which changes save how much."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_the_report_says_where_the_memory_is(made: Path, tmp_path: Path, monkeyp
     assert "set train.micro_batch_size 2" in last
 
 
-def test_gradients_that_have_gathered_are_there(made: Path, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize("way", [{}, {"parallel.fsdp": True, "parallel.sync_each_micro_batch": False}])
+def test_gradients_that_have_gathered_are_there(way: dict, made: Path, tmp_path: Path, monkeypatch, capsys):
     """In the second micro batch of a step, those of the first are."""
     summed_loss, calls = Trainer._summed_loss, []
 
@@ -74,7 +76,7 @@ def test_gradients_that_have_gathered_are_there(made: Path, tmp_path: Path, monk
     monkeypatch.setattr(Trainer, "_summed_loss", full)
     monkeypatch.setattr(Trainer, "evaluate", lambda _: {})
     with pytest.raises(UserError, match="out of memory: rank 0, step 1"):
-        train(config_of(made), tmp_path)
+        train(config_of(made, **way), tmp_path)
     parts = shown_parts(capsys.readouterr().err)
     assert parts["gradients"] == pytest.approx(4 * PARAMETERS / GIB, rel=0.02)
     assert parts["moments"] == 0
@@ -94,6 +96,7 @@ def test_savings_by_hand_and_the_cheapest_first(made: Path):
         weights=4 * GIB,
         trained=4 * GIB,
         gradients=4 * GIB,
+        waiting=0,
         moments=8 * GIB,
         logits=6 * GIB,
         activations=34 * GIB,
@@ -112,6 +115,9 @@ def test_savings_by_hand_and_the_cheapest_first(made: Path):
             "data.sequence_length 8": 20,
         }
     )
+    waits = dataclasses.replace(memory, gradients=12 * GIB, waiting=8 * GIB)
+    once = {change.setting: change.saves / GIB for change in changes(config, waits, world_size=8)}
+    assert once == pytest.approx(found | {"parallel.sync_each_micro_batch true": 4})
     alone = config_of(made, **{"train.micro_batch_size": 1})
     assert [change.setting for change in changes(alone, memory, world_size=1)][:2] == [
         "parallel.activation_checkpointing selective",

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from tsumugu.config import ParallelConfig
-from tsumugu.distributed.parallelize import is_recomputed
+from tsumugu.distributed.parallelize import fsdp_modules, is_recomputed
 from tsumugu.errors import UserError
 from tsumugu.kernels.linear import Sum, sum_in_products
 
@@ -69,6 +69,17 @@ class Exchange:
                     "a layer of the model takes no part in some steps", "set parallel.sync_each_micro_batch to true"
                 )
             held.begun.fill_(False)
+
+    def waiting(self) -> list[torch.Tensor]:
+        """The sums that are not exchanged yet: those of products, and those that FSDP2 makes itself."""
+        if self._root is None or not self._once:
+            return []
+        groups = [module._get_fsdp_state()._fsdp_param_group for module in fsdp_modules(self._root)]
+        parameters: Any = [parameter for group in groups if group for parameter in group.fsdp_params]
+        found = [held.total for _, held in self._held]
+        found += [parameter.unsharded_accumulated_grad for parameter in parameters]
+        found += [parameter._unsharded_param.grad for parameter in parameters if hasattr(parameter, "_unsharded_param")]
+        return [tensor for tensor in found if tensor is not None]
 
 
 def _summed(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> list[tuple[Any, Sum]]:

@@ -92,7 +92,7 @@ def parallelize(
     for layer in layers:
         shard(layer, reshard_after_forward=config.reshard_after_forward != "never")
     shard(model)  # the root stays gathered after forward: its head is the first to be used by backward
-    for module in _groups(model):
+    for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     if config.prefetch > 1:
@@ -139,11 +139,12 @@ def _check_dropout(config: ParallelConfig) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Drops gathered weights, which forward without backward leaves in memory."""
-    for module in _groups(model):
+    for module in fsdp_modules(model):
         module.reshard()
 
 
-def _groups(model: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """Those whose parameters are gathered and exchanged together: the decoder layers, and the root with the rest."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 

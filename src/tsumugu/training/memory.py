@@ -31,6 +31,9 @@ class Memory:
     trained: int
     """Of the weights, those that are: as much as their gradients will take."""
     gradients: int
+    """With the sums that wait for the exchange."""
+    waiting: int
+    """Of the gradients, sums on their way to the other devices, with parallel.sync_each_micro_batch false."""
     moments: int
     logits: int
     """Of one micro batch: in the compute dtype, in float32, and the log-probabilities that the loss keeps."""
@@ -56,15 +59,19 @@ def measure(
     vocabulary: int,
     compute_dtype: torch.dtype,
     device: torch.device,
-    chunked_loss: bool = False,
+    chunked_loss: bool,
+    waiting: list[torch.Tensor],
 ) -> Memory:
-    """Where the memory of this process is, from the tensors themselves and the peak of the device (0 on a CPU)."""
+    """Where the memory of this process is, from the tensors themselves and the peak of the device (0 on a CPU).
+
+    `waiting` are the sums of `Exchange.waiting`.
+    """
     parameters = list(model.parameters())
     low_bits = [master.low for p in parameters if (master := masters.of(p))]
     weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
     trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
     sums = [held.total for held in optimizer.sums.values()] if isinstance(optimizer, MasterAdamW) else []
-    gradients = _bytes([*sums, *(p.grad for p in parameters if p.grad is not None)], device)
+    gradients = _bytes([*sums, *waiting, *(p.grad for p in parameters if p.grad is not None)], device)
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     float_bytes = 8 if compute_dtype == torch.float64 else 4
@@ -76,7 +83,7 @@ def measure(
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if cuda else 0
     activations = max(0, peak - weights - gradients - moments - logits)
-    return Memory(weights, trained, gradients, moments, logits, activations, unused)
+    return Memory(weights, trained, gradients, _bytes(waiting, device), moments, logits, activations, unused)
 
 
 def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change]:
@@ -95,8 +102,12 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
         saved = of_batch - of_batch * smaller // micro_batch
         found.append(Change(f"train.micro_batch_size {smaller}", saved, "more, smaller matrix products"))
     shard = parallel.shard_degree or world_size // (parallel.replicate_degree or 1)
+    of_shards = memory.weights + max(memory.gradients - memory.waiting, memory.trained) + memory.moments
+    if memory.waiting:
+        saved = memory.waiting - memory.waiting // shard
+        found.append(Change("parallel.sync_each_micro_batch true", saved, "more communication"))
     if shard < world_size:
-        saved = (memory.weights + max(memory.gradients, memory.trained) + memory.moments) * (world_size - shard)
+        saved = of_shards * (world_size - shard)
         setting = f"parallel.shard_degree {world_size}, parallel.replicate_degree 1"
         found.append(Change(setting, saved // world_size, "more communication"))
     checkpointing = parallel.activation_checkpointing
@@ -114,8 +125,7 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
             Change("parallel.activation_checkpointing full", saved, "a second forward: about a third more work")
         )
     if not parallel.offload_optimizer:
-        saved = memory.weights + max(memory.gradients, memory.trained) + memory.moments
-        found.append(Change("parallel.offload_optimizer true", saved, "the optimizer's step is taken on the host"))
+        found.append(Change("parallel.offload_optimizer true", of_shards, "the optimizer's step is taken on the host"))
     if checkpointing != "selective" and parallel.tensor_degree == 1 and not parallel.offload_activations:
         cost = "they travel to the host and back"
         found.append(Change("parallel.offload_activations true", memory.activations, cost))

@@ -824,6 +824,7 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
                 trainer.compute_dtype,
                 device,
                 trainer.whole_logits is None,
+                trainer.exchange.waiting(),
             )
             options = memory.changes(config, found, trainer.share.world_size)
         block, refusal = memory.out_of_memory(error, place, found, options, device)
