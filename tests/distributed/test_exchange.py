@@ -100,6 +100,14 @@ def test_a_layer_that_takes_no_part_in_a_step_is_refused():
             take_micro_batches(model, exchange)
 
 
+def test_a_layer_that_is_used_twice_in_a_pass_is_refused():
+    with process_group():
+        model, layers, exchange = built(1, **ONCE)
+        model.base_model.layers = torch.nn.ModuleList([*layers, layers[0]])
+        with pytest.raises(UserError, match="used more than once in a pass"):
+            take_micro_batches(model, exchange)
+
+
 def test_sums_are_left_to_fsdp_where_weights_are_frozen_or_layers_recomputed():
     with process_group():
         _, layers, _ = built(1, **ONCE, activation_checkpointing="full", checkpoint_every_nth_layer=2)

@@ -1,5 +1,6 @@
 """When devices exchange gradients: in every micro batch, or once a step (parallel.sync_each_micro_batch)."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -41,16 +42,19 @@ class Exchange:
         self._once = self._root is not None and not config.sync_each_micro_batch
         self._stays_gathered = config.reshard_after_forward == "never"
         self._held: list[tuple[Any, Sum]] = []  # FSDP2's parameters, and the sums that products make
+        self._uses: Counter[nn.Module] = Counter()  # of those layers, by the latest forward pass
         trained = all(parameter.requires_grad for parameter in model.parameters())  # and so inputs need gradients, too
         if self._once and micro_batches > 1 and config.tensor_degree == 1 and trained:
             for index, layer in enumerate(layers):
                 if not is_recomputed(index, config):
                     self._held += _summed(layer, dtype, device)
+                    layer.register_forward_pre_hook(lambda used, _: self._uses.update([used]))
 
     def before(self, last: bool) -> None:
         """Before the forward pass of a micro batch, the last of its step or not."""
         if self._root is None or not self._once:
             return
+        self._uses.clear()
         self._root.set_requires_gradient_sync(last)
         self._root.set_reshard_after_backward(last or not self._stays_gathered)
         if last:
@@ -61,13 +65,15 @@ class Exchange:
         """After the last backward pass of a step.
 
         Raises:
-            UserError: A layer was not used in the step, whose sum is that of the step before.
+            UserError: A layer was not used in the step, whose sum is that of the step before; or twice in a pass, of
+                which FSDP2 had exchanged the sum before backward came to the first use.
         """
+        hint = "set parallel.sync_each_micro_batch to true"
+        if self._uses and max(self._uses.values()) > 1:
+            raise UserError("a layer of the model is used more than once in a pass", hint)
         for _, held in self._held:
             if not held.begun:
-                raise UserError(
-                    "a layer of the model takes no part in some steps", "set parallel.sync_each_micro_batch to true"
-                )
+                raise UserError("a layer of the model takes no part in some steps", hint)
             held.begun.fill_(False)
 
     def waiting(self) -> list[torch.Tensor]:
