@@ -89,13 +89,19 @@ with Watchdog(2.0, rank, 2).watching():
     print("watches", flush=True)
     time.sleep(300)
 """
-    command, pipes = [sys.executable, "-c", script], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    first = subprocess.Popen([*command, "0", "0"], text=True, **pipes)
-    assert first.stdout
-    second = subprocess.Popen([*command, "1", first.stdout.readline().strip()], text=True, **pipes)
-    assert second.stdout
+
+    def started(rank: int, port: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", script, str(rank), port]
+        return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def line(process: subprocess.Popen) -> str:
+        assert process.stdout
+        return process.stdout.readline().strip()
+
+    first = started(0, "0")
+    second = started(1, line(first))
     try:
-        assert [process.stdout.readline() for process in (first, second)] == ["watches\n"] * 2
+        assert [line(process) for process in (first, second)] == ["watches"] * 2
         os.kill(first.pid, signal.SIGSTOP)
         said = second.communicate(timeout=60)[1]
     finally:

@@ -95,8 +95,9 @@ def _summed(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> list[
     group: Any = layer._get_fsdp_state()._fsdp_param_group
     found = []
     for parameter in group.fsdp_params:
-        module, name = parameter._module_info.module, parameter._module_info.param_name
-        if type(module) is nn.Linear and name == "weight":
+        place = parameter._module_info
+        module, alone = place.module, not place.shared_modules
+        if type(module) is nn.Linear and place.param_name == "weight" and alone:
             held = Sum(torch.zeros(module.weight.shape, dtype=dtype, device=device), torch.tensor(False))
             sum_in_products(module, {module.weight: held})
             found.append((parameter, held))
