@@ -175,6 +175,7 @@ def titan(options: dict[str, str], arguments: argparse.Namespace) -> Measured:
                 losses.append(loss.detach())
             of_titan.clip_grad_norm_(list(model.parameters()), 1.0, foreach=True)
             optimizer.step()
-        loss = torch.stack(losses).sum() * processes
-        seconds = (time.perf_counter() - started) / arguments.steps if loss.item() else 0.0
-    return right, {"step_seconds": seconds, "loss": loss.item()}
+        loss = torch.stack(losses).sum().item() * processes  # waits for the device
+        dist.barrier()
+        seconds = (time.perf_counter() - started) / arguments.steps
+    return right, {"step_seconds": seconds, "loss": loss}

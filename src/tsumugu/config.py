@@ -464,7 +464,7 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float16", "float32", "float64"] | None = None
     """Compute dtype; default: bfloat16 on GPUs, float32 on CPUs. Masters and moments are float32 (float64: tests)."""
     deterministic: bool = False
-    """The same bits in every run on the same devices, by kernels that may be slower; CPUs have no others anyway."""
+    """The same bits in every run on the same devices, by kernels that may be slower; what has none is refused."""
     max_hours: float | None = None
     """Save and stop (exit code 3) in time for the checkpoint to be written within so many hours from the start."""
     stop_after: int | None = None

@@ -23,8 +23,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
     import torch._inductor.config as inductor
 
     memory: Any = torch.utils.deterministic
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which torch demands; see its notes on reproducibility
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch demands one: see its notes on reproducibility
     before = inductor.deterministic, memory.fill_uninitialized_memory
+    were = torch.are_deterministic_algorithms_enabled()
     inductor.deterministic = True  # kernels are chosen without timing them
     memory.fill_uninitialized_memory = False  # nothing reads it
     torch.use_deterministic_algorithms(True)
@@ -37,5 +38,5 @@ def deterministic(wanted: bool) -> Iterator[None]:
             f"train.deterministic is true, but {str(error).partition(',')[0]}", "set it to false"
         ) from error
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(were)
         inductor.deterministic, memory.fill_uninitialized_memory = before
