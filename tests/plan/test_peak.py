@@ -96,6 +96,10 @@ def measured(made: Path, model: str, changes: dict, processes: int, micro_batche
     return tracker.peak
 
 
+def all_measured(made: Path, cases: list[tuple[str, dict, int]], processes: int) -> list[int]:
+    return [measured(made, model, changes, processes, count) for model, changes, count in cases]
+
+
 def step(trainer: Trainer) -> None:
     launched = trainer.train_step(StopRequest())
     assert launched is not None
@@ -119,16 +123,27 @@ ONE = [
     ("qwen3", {"parallel.chunked_loss": False}, 2),
     ("gpt2", {"parallel.activation_checkpointing": "full", "parallel.checkpoint_every_nth_layer": 2}, 2),
 ]
-SHARDED = [
-    ("gpt_neox", {}, 2, 1),
-    ("qwen3", {"parallel.reshard_after_forward": "never", "train.dtype": "bfloat16"}, 2, 2),
-    (
-        "llama",
-        {"parallel.shard_degree": 2, "parallel.replicate_degree": 2, "parallel.activation_checkpointing": "full"},
-        4,
-        1,
-    ),
-]
+ONCE, NEVER, HALF = (
+    {"parallel.sync_each_micro_batch": False}, {"parallel.reshard_after_forward": "never"}, {"train.dtype": "bfloat16"},
+)  # fmt: skip
+EACH, ALWAYS = {"parallel.sync_each_micro_batch": True}, {"parallel.reshard_after_forward": "always"}
+REPLICATED = {"parallel.shard_degree": 2, "parallel.replicate_degree": 2}
+SHARDED = {
+    2: [
+        ("gpt_neox", {}, 1),
+        ("qwen3", NEVER | HALF | EACH, 2),
+        ("qwen3", NEVER | HALF | ONCE, 3),
+        ("gpt_neox", ALWAYS | HALF | ONCE, 2),
+        ("llama", NEVER | ONCE, 2),
+    ],
+    4: [
+        ("llama", REPLICATED | {"parallel.activation_checkpointing": "full"}, 1),
+        ("qwen3", REPLICATED | EACH, 2),
+        ("gpt_neox", NEVER | ONCE | HALF, 2),
+        ("llama", REPLICATED | ALWAYS | ONCE, 3),
+        ("gpt_neox", ALWAYS | ONCE, 3),
+    ],
+}
 
 
 @pytest.mark.parametrize(("model", "changes", "micro_batches"), ONE)
@@ -137,10 +152,13 @@ def test_one_process(made: Path, model: str, changes: dict, micro_batches: int):
     assert predicted(made, model, changes, 1, micro_batches) == pytest.approx(found, rel=0.05)
 
 
-@pytest.mark.parametrize(("model", "changes", "processes", "micro_batches"), SHARDED)
-def test_sharded_processes(made: Path, model: str, changes: dict, processes: int, micro_batches: int):
-    found = max(run_ranks(measured, processes, made, model, changes, processes, micro_batches))
-    assert predicted(made, model, changes, processes, micro_batches) == pytest.approx(found, rel=0.05)
+@pytest.mark.parametrize("processes", list(SHARDED))
+def test_sharded_processes(made: Path, processes: int):
+    cases = SHARDED[processes]
+    found = run_ranks(all_measured, processes, made, cases, processes)
+    for index, (model, changes, micro_batches) in enumerate(cases):
+        most = max(of_rank[index] for of_rank in found)
+        assert predicted(made, model, changes, processes, micro_batches) == pytest.approx(most, rel=0.05), cases[index]
 
 
 def test_what_plan_does_not_know_is_refused(made: Path):

@@ -150,7 +150,7 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     """
     keeps = _keeps_gradients(setup, micro_batch)
     same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
-    same |= {"prefetch": 1, "offload_activations": False, "offload_optimizer": False}
+    same |= {"sync_each_micro_batch": None, "prefetch": 1, "offload_activations": False, "offload_optimizer": False}
     parallel = dataclasses.replace(setup.parallel, **same)
     what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
     key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
@@ -163,8 +163,9 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
 
 def _keeps_gradients(setup: Setup, micro_batch: int) -> bool:
     """Whether the gradients of weights are held by themselves after a micro batch."""
-    if setup.parallel.fsdp is not False:
-        return True
+    if setup.parallel.fsdp is not False:  # sums in another dtype are FSDP2's, those in the same are autograd's
+        once = not setup.parallel.sync_each_micro_batch and setup.micro_batches(micro_batch) > 1
+        return not (once and setup.dtype == setup.master_dtype)
     return not setup.has_split_masters and setup.micro_batches(micro_batch) == 1
 
 
@@ -297,6 +298,8 @@ def peak(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
 def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     """What is there all the time."""
     fsdp, several = setup.parallel.fsdp is not False, setup.micro_batches(micro_batch) > 1
+    if fsdp and not setup.parallel.sync_each_micro_batch:
+        several = False  # until the last micro batch there are sums alone
     shards = setup.degrees["shard"] if fsdp else 1
     weights = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
     trained = sum(weight.elements(shards) for weight in weights if weight.trained)
@@ -372,72 +375,161 @@ def _of_optimizer(setup: Setup, traces: Traces) -> int:
         return tracker.peak
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Bytes of one of FSDP2's groups on a device: of a layer's weights, or of the root's.
+
+    Attributes:
+        whole: Gathered weights.
+        buffer: What they travel through: with more than one shard as much, which goes once the next ones are there.
+        gradients: As backward hands them on, in the dtype of the computation.
+        sums: Of gradients over micro batches, before they are exchanged, in the masters' dtype.
+        largest: Of `gradients`, those of one weight.
+        reduce: The buffer that is reduced, in the masters' dtype.
+        shard: What comes of it.
+    """
+
+    whole: int
+    buffer: int
+    gradients: int
+    sums: int
+    largest: int
+    reduce: int
+    shard: int
+
+
+def _group(setup: Setup, weights: Sequence[Weight], gradients: int) -> _Group:
+    shards, wide = setup.degrees["shard"], setup.master_dtype.itemsize
+    trained = [weight for weight in weights if weight.trained]
+    whole = sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
+    shard = sum(weight.elements(shards) for weight in trained) * wide
+    return _Group(
+        whole=whole,
+        buffer=whole if shards > 1 else 0,
+        gradients=gradients,
+        sums=sum(weight.elements(1) for weight in trained) * wide,
+        largest=max((weight.elements(1) * weight.itemsize for weight in trained), default=0),
+        reduce=shard * shards,
+        shard=shard,
+    )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Which micro batch of a step it is, as far as FSDP2 cares.
+
+    Attributes:
+        gathers: Whether weights are not there yet.
+        drops: Whether they go after backward.
+        sums: Whether gradients are summed up before they are exchanged, and no sums are there yet.
+        adds: Whether they are, and sums are there.
+        reduces: Whether gradients, or their sums, are exchanged.
+    """
+
+    gathers: bool
+    drops: bool
+    sums: bool
+    adds: bool
+    reduces: bool
+
+
+def _passes(setup: Setup, micro_batch: int) -> list[_Pass]:
+    """The micro batches of a step that differ; where each exchanges gradients, one that is not the first."""
+    count = setup.micro_batches(micro_batch)
+    if setup.parallel.sync_each_micro_batch or count == 1:
+        return [_Pass(gathers=True, drops=True, sums=False, adds=False, reduces=True)]
+    stay = setup.parallel.reshard_after_forward == "never"
+    first = _Pass(gathers=True, drops=not stay, sums=True, adds=False, reduces=False)
+    between = _Pass(gathers=not stay, drops=not stay, sums=False, adds=True, reduces=False)
+    last = dataclasses.replace(between, drops=True, reduces=True)
+    return [first, *([between] if count > 2 else []), last]
+
+
 def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> None:
     """A step under FSDP2: every layer is a group of its own, embedding, norm and head are the root's."""
-    root, layers, parallel = traces.root, traces.layers, setup.parallel
-    shards, several = setup.degrees["shard"], setup.micro_batches(micro_batch) > 1
-    on_host = parallel.offload_optimizer and setup.on_cuda
-    wide, stays_gathered = setup.master_dtype.itemsize, parallel.reshard_after_forward == "never"
+    groups = [
+        _group(setup, weights, layer.gradients)
+        for weights, layer in zip(traces.layer_weights, traces.layers, strict=True)
+    ]
+    root = _group(setup, traces.root_weights, traces.root.gradients)
+    several = setup.micro_batches(micro_batch) > 1
+    on_host = setup.parallel.offload_optimizer and setup.on_cuda
+    there = on_host or (several and bool(setup.parallel.sync_each_micro_batch))
+    for each in _passes(setup, micro_batch):
+        _forward_sharded(walk, setup, traces, groups, root, each)
+        _backward_sharded(walk, setup, traces, groups, root, each, there)
+    walk.see()
 
-    def gathered(weights: Sequence[Weight]) -> int:
-        return sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
 
-    def reduced(weights: Sequence[Weight]) -> int:
-        return sum(weight.elements(shards) * shards * wide for weight in weights if weight.trained)
-
-    whole = [gathered(weights) for weights in traces.layer_weights]
-    # with more than one shard weights travel through a buffer of their size, which goes once the next ones are there
-    buffer = [size if shards > 1 else 0 for size in whole]
-    reduce = [reduced(weights) for weights in traces.layer_weights]
-    root_whole, root_reduce = gathered(traces.root_weights), reduced(traces.root_weights)
-    ahead = parallel.prefetch if parallel.prefetch > 1 else 0
-
-    walk.see(gathered=root_whole + (root_whole + root_whole // shards if shards > 1 else 0))
-    walk.add("gathered", root_whole)
+def _forward_sharded(
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: _Pass
+) -> None:
+    root, shards = traces.root, setup.degrees["shard"]
+    ahead = setup.parallel.prefetch if setup.parallel.prefetch > 1 else 0
+    buffers, before = [group.buffer if each.gathers else 0 for group in groups], 0
+    if each.gathers:
+        before = of_root.buffer
+        walk.see(gathered=of_root.whole + before + before // shards)
+        walk.add("gathered", of_root.whole)
     walk.add("activations", root.entered - root.hidden)
-    before = root_whole if shards > 1 else 0
-    for index, layer in enumerate(layers):
-        walk.see(activations=root.hidden, gathered=before + buffer[index] + buffer[index] // shards)
-        coming = sum(buffer[index + 1 : index + 1 + ahead])
+    for index, (layer, group, buffer) in enumerate(zip(traces.layers, groups, buffers, strict=True)):
+        walk.see(activations=root.hidden, gathered=before + buffer + buffer // shards)
+        walk.add("gathered", group.whole if each.gathers else 0)
         walk.see(
             activations=root.hidden,
-            gathered=whole[index] + buffer[index] + coming,
+            gathered=buffer + sum(buffers[index + 1 : index + 1 + ahead]),
             workspace=layer.forward - root.hidden,
         )
         walk.add("activations", _stays(setup, layer))
-        if stays_gathered:
-            walk.add("gathered", whole[index])
-        before = buffer[index]
+        if setup.parallel.reshard_after_forward != "never":
+            walk.add("gathered", -group.whole)
+        before = buffer
     walk.see(activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0)
-    prefetched = 0 if stays_gathered else buffer[-1]
-    walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=prefetched)
+
+
+def _backward_sharded(
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: _Pass, there: bool
+) -> None:
+    """`there`: whether the shards of gradients need no memory of their own any more."""
+    root, again = traces.root, setup.parallel.reshard_after_forward != "never"
+    buffers = [group.buffer if again else 0 for group in groups]
+    walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=buffers[-1])
     left = max(0, root.left - root.entered)
     walk.add("gathered", left)  # the gradients of the head
     reducing = 0
-    for index in range(len(layers) - 1, -1, -1):
-        layer = layers[index]
+    for index in range(len(groups) - 1, -1, -1):
+        layer, group = traces.layers[index], groups[index]
+        coming = sum(buffers[max(0, index - setup.parallel.prefetch) : index])
         walk.add("activations", -_stays(setup, layer))
-        if stays_gathered:
-            walk.add("gathered", -whole[index])
-        coming = 0 if stays_gathered else sum(buffer[max(0, index - max(1, ahead)) : index])
+        walk.add("gathered", group.whole if again else 0)
         walk.see(
             activations=layer.saved,
-            gathered=whole[index] + coming + reducing,
-            workspace=layer.backward - layer.saved + _fetched(setup, layers, index),
+            gathered=coming + reducing,
+            workspace=layer.backward - layer.saved + _fetched(setup, traces.layers, index),
         )
-        walk.see(workspace=root.hidden, gathered=layer.gradients + coming + reduce[index])
-        walk.see(workspace=root.hidden, gathered=coming + reduce[index] + reduce[index] // shards)
-        if not several and not on_host:
-            walk.add("gradients", reduce[index] // shards)
-        reducing = reduce[index]
+        walk.add("gathered", -group.whole if each.drops else 0)
+        reducing = _hand_on(walk, setup, group, each, there, gathered=coming, workspace=root.hidden)
     walk.see(workspace=root.embedding_backward - root.entered + root.hidden - left, gathered=reducing)
-    walk.now["gathered"] = 0
-    walk.see(gathered=root.gradients + root_reduce)
-    walk.see(gathered=root_reduce + root_reduce // shards)
-    if not several and not on_host:
-        walk.add("gradients", root_reduce // shards)
+    walk.add("gathered", -left - (of_root.whole if each.drops else 0))
     walk.now["activations"] = 0
-    walk.see()
+    _hand_on(walk, setup, of_root, each, there)
+
+
+def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: _Pass, there: bool, gathered: int = 0, **more: int) -> int:
+    """What FSDP2 does with the gradients of a group once backward has made them; the bytes of the buffer that is still
+    being reduced when the next group's come."""
+    made = 0 if each.adds else group.gradients
+    if each.sums:
+        if setup.dtype != setup.master_dtype:  # they are cast one by one
+            walk.see(gradients=group.sums, gathered=gathered + group.largest, **more)
+        walk.add("gradients", group.sums)
+    if not each.reduces:
+        return 0
+    walk.see(gathered=gathered + made + group.reduce, **more)
+    walk.add("gradients", -group.sums if each.adds else 0)
+    walk.see(gathered=gathered + group.reduce + group.shard, **more)
+    walk.add("gradients", 0 if there else group.shard)
+    return group.reduce
 
 
 def margin(setup: Setup, parts: dict[str, int]) -> int:
