@@ -1,5 +1,6 @@
 """A recipe on certain devices: does it fit, how long does it take, what does it cost."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -238,6 +239,14 @@ def _changes(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> li
     if setup.processes > 1 and setup.degrees["shard"] < setup.processes:
         sharded = memory.with_shard_degree(setup, setup.processes)
         tried(f"parallel.shard_degree {setup.processes}", sharded, traces, "more communication")
+    decided = setup.parallel
+    if decided.fsdp and not decided.sync_each_micro_batch and setup.micro_batches(rows) > 1:
+        exchanged = dataclasses.replace(setup, parallel=dataclasses.replace(decided, sync_each_micro_batch=True))
+        cost = "gradients are exchanged in every micro batch"
+        tried("parallel.sync_each_micro_batch true", exchanged, memory.trace_model(exchanged, rows), cost)
+    if decided.fsdp and decided.reshard_after_forward == "never" and setup.degrees["shard"] > 1:
+        dropped = dataclasses.replace(setup, parallel=dataclasses.replace(decided, reshard_after_forward="always"))
+        tried("parallel.reshard_after_forward always", dropped, traces, "weights are gathered twice a micro batch")
     if rows > 1:
         for size in dict.fromkeys((rows // 2, 1)):
             changed = memory.with_micro_batch(setup, size)

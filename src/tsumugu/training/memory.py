@@ -57,14 +57,21 @@ def measure(
     compute_dtype: torch.dtype,
     device: torch.device,
     chunked_loss: bool = False,
+    whole_sums: bool = False,
 ) -> Memory:
-    """Where the memory of this process is, from the tensors themselves and the peak of the device (0 on a CPU)."""
-    parameters = list(model.parameters())
+    """Where the memory of this process is, from the tensors themselves and the peak of the device (0 on a CPU).
+
+    With `whole_sums` every device sums the gradients of all weights before they are exchanged.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]  # also where FSDP2 has gathered them
     low_bits = [master.low for p in parameters if (master := masters.of(p))]
-    weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
-    trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    weights = _bytes([*parameters, *frozen, *low_bits, *model.buffers()], device)
+    trained = _bytes([*parameters, *low_bits], device)
     sums = [held.total for held in optimizer.sums.values()] if isinstance(optimizer, MasterAdamW) else []
     gradients = _bytes([*sums, *(p.grad for p in parameters if p.grad is not None)], device)
+    if whole_sums:
+        gradients = max(gradients, sum(p.numel() * p.element_size() for p in parameters))
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
     tokens = config.train.micro_batch_size * config.data.sequence_length
     float_bytes = 8 if compute_dtype == torch.float64 else 4
@@ -79,16 +86,20 @@ def measure(
     return Memory(weights, trained, gradients, moments, logits, activations, unused)
 
 
-def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change]:
+def changes(config: TrainingRun, memory: Memory, world_size: int, whole_sums: bool = False) -> list[Change]:
     """What would save memory, the one that costs the least speed first; savings are estimates.
 
     Args:
         config: As it is.
         memory: Of this process.
         world_size: Processes, or with parallel.tensor_degree groups of them.
+        whole_sums: As for `measure`.
     """
     parallel, found = config.parallel, []
     of_batch = memory.activations + memory.logits
+    if whole_sums:
+        saved, cost = memory.gradients - memory.trained, "gradients are exchanged in every micro batch"
+        found.append(Change("parallel.sync_each_micro_batch true", saved, cost))
     micro_batch, length = config.train.micro_batch_size, config.data.sequence_length
     if micro_batch > 1:
         smaller = next(size for size in range(micro_batch // 2, 0, -1) if micro_batch % size == 0)

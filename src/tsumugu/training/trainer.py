@@ -806,6 +806,9 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
         place = f"rank {environment.rank}, building the model"
         if trainer is not None:
             place = f"rank {environment.rank}, step {trainer.step + 1}"
+            share, parallel = trainer.share, trainer.parallel
+            several = share.global_batch_size > share.world_size * share.micro_batch_size
+            whole_sums = bool(parallel.fsdp) and not parallel.sync_each_micro_batch and several
             found = memory.measure(
                 trainer.model,
                 trainer.optimizer,
@@ -814,8 +817,9 @@ def _memory_explained(config: TrainingRun, environment: Environment, trainer: Tr
                 trainer.compute_dtype,
                 device,
                 trainer.whole_logits is None,
+                whole_sums,
             )
-            options = memory.changes(config, found, trainer.share.world_size)
+            options = memory.changes(config, found, share.world_size, whole_sums)
         block, refusal = memory.out_of_memory(error, place, found, options, device)
         memory.say(block)
         raise refusal from None
