@@ -415,10 +415,11 @@ def _group(setup: Setup, weights: Sequence[Weight], gradients: int) -> _Group:
 
 
 @dataclass(frozen=True)
-class _Pass:
-    """Which micro batch of a step it is, as far as FSDP2 cares.
+class Pass:
+    """A micro batch of a step, as far as FSDP2 cares which of them it is.
 
     Attributes:
+        times: Micro batches of a step that are like it.
         gathers: Whether weights are not there yet.
         drops: Whether they go after backward.
         sums: Whether gradients are summed up before they are exchanged, and no sums are there yet.
@@ -426,6 +427,7 @@ class _Pass:
         reduces: Whether gradients, or their sums, are exchanged.
     """
 
+    times: int
     gathers: bool
     drops: bool
     sums: bool
@@ -433,15 +435,15 @@ class _Pass:
     reduces: bool
 
 
-def _passes(setup: Setup, micro_batch: int) -> list[_Pass]:
-    """The micro batches of a step that differ; where each exchanges gradients, one that is not the first."""
+def passes(setup: Setup, micro_batch: int) -> list[Pass]:
+    """The micro batches of a step that differ under FSDP2, in their order."""
     count = setup.micro_batches(micro_batch)
     if setup.parallel.sync_each_micro_batch or count == 1:
-        return [_Pass(gathers=True, drops=True, sums=False, adds=False, reduces=True)]
+        return [Pass(count, gathers=True, drops=True, sums=False, adds=False, reduces=True)]
     stay = setup.parallel.reshard_after_forward == "never"
-    first = _Pass(gathers=True, drops=not stay, sums=True, adds=False, reduces=False)
-    between = _Pass(gathers=not stay, drops=not stay, sums=False, adds=True, reduces=False)
-    last = dataclasses.replace(between, drops=True, reduces=True)
+    first = Pass(1, gathers=True, drops=not stay, sums=True, adds=False, reduces=False)
+    between = Pass(count - 2, gathers=not stay, drops=not stay, sums=False, adds=True, reduces=False)
+    last = dataclasses.replace(between, times=1, drops=True, reduces=True)
     return [first, *([between] if count > 2 else []), last]
 
 
@@ -455,14 +457,14 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
     several = setup.micro_batches(micro_batch) > 1
     on_host = setup.parallel.offload_optimizer and setup.on_cuda
     there = on_host or (several and bool(setup.parallel.sync_each_micro_batch))
-    for each in _passes(setup, micro_batch):
+    for each in passes(setup, micro_batch):
         _forward_sharded(walk, setup, traces, groups, root, each)
         _backward_sharded(walk, setup, traces, groups, root, each, there)
     walk.see()
 
 
 def _forward_sharded(
-    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: _Pass
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass
 ) -> None:
     root, shards = traces.root, setup.degrees["shard"]
     ahead = setup.parallel.prefetch if setup.parallel.prefetch > 1 else 0
@@ -488,7 +490,7 @@ def _forward_sharded(
 
 
 def _backward_sharded(
-    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: _Pass, there: bool
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass, there: bool
 ) -> None:
     """`there`: whether the shards of gradients need no memory of their own any more."""
     root, again = traces.root, setup.parallel.reshard_after_forward != "never"
@@ -515,7 +517,7 @@ def _backward_sharded(
     _hand_on(walk, setup, of_root, each, there)
 
 
-def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: _Pass, there: bool, gathered: int = 0, **more: int) -> int:
+def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: Pass, there: bool, gathered: int = 0, **more: int) -> int:
     """What FSDP2 does with the gradients of a group once backward has made them; the bytes of the buffer that is still
     being reduced when the next group's come."""
     made = 0 if each.adds else group.gradients
