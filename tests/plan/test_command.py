@@ -93,15 +93,15 @@ def test_sums_of_gradients_and_gathered_weights_are_named_where_they_are_too_muc
     """By hand: 1,421,987,840 float32 sums, of which a device of four keeps a quarter in the end."""
     arguments = ["--config", recipe(tmp_path), "--instance-type", "g5.12xlarge", "--train.micro_batch_size", "16"]
     arguments += ["--parallel.sync_each_micro_batch", "false", "--parallel.reshard_after_forward", "never"]
-    code, text = planned(capsys, *arguments, "--train.global_batch_size", "128")
+    arguments += ["--train.global_batch_size", "128"]
+    code, text = planned(capsys, *arguments)
     needs = float(next(line for line in text.splitlines() if line.startswith("a device needs")).split()[-1])
     promised = {line.split()[0]: float(line.split()[2]) for line in text.splitlines() if line.startswith("  parallel.")}
     saved = needs - promised["parallel.sync_each_micro_batch"]
     assert code == 1
     assert saved == pytest.approx(1_421_987_840 * 4 * 3 / 4 / 2**30 * 1.05, rel=0.1)
     assert needs - promised["parallel.reshard_after_forward"] > 1
-    _, text = planned(capsys, *arguments, "--train.global_batch_size", "128", "--parallel.sync_each_micro_batch", "true",
-                      "--json")  # fmt: skip
+    _, text = planned(capsys, *arguments, "--parallel.sync_each_micro_batch", "true", "--json")
     assert json.loads(text)["memory_gib"]["total"] == pytest.approx(needs - saved, abs=0.01)
 
 

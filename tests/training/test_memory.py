@@ -132,7 +132,7 @@ def test_every_process_that_runs_out_reports(made: Path, tmp_path: Path):
 def _run_out_on_both(made: Path, run_dir: Path) -> str:
     with pytest.MonkeyPatch.context() as monkeypatch:
         runs_out(monkeypatch, at_step=2, at_rank=torch.distributed.get_rank())
+        once = {"train.micro_batch_size": 2, "parallel.sync_each_micro_batch": False}
         with pytest.raises(UserError) as refused:
-            once = {"train.micro_batch_size": 2, "parallel.sync_each_micro_batch": False}
             train(config_of(made, **once), run_dir)
     return str(refused.value)

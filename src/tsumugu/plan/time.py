@@ -22,8 +22,8 @@ from tsumugu.plan.trace import Work
 EFFICIENCIES = ("matrix", "attention", "varlen", "memory", "eager", "optimizer")
 KINDS = (*EFFICIENCIES, "sum")
 
-# Seconds of a collective that no bandwidth shortens: NCCL's own figures for rings (src/graph/tuning.cc, protocol Simple),
-# once, and for every step from device to device by NVLink, or from host to host
+# Seconds of a collective that no bandwidth shortens, by NCCL's own figures for rings (src/graph/tuning.cc, protocol
+# Simple): once, and for every step from device to device by NVLink, or from host to host
 _COLLECTIVE, _LINK_STEP, _NETWORK_STEP = 8.4e-6, 3.4e-6, 9.6e-6
 
 
@@ -35,7 +35,7 @@ class Calibration:
         matrix: Of matrix products, over the peak of the matrix units.
         attention: Of attention, likewise.
         varlen: Of attention within documents, likewise.
-        memory: Of kernels that the compiler writes, and of what others read and write, over the bandwidth of the memory.
+        memory: Of kernels that the compiler writes, and of what products read and write, over the memory's bandwidth.
         launch: Seconds of the host for every kernel; a device that is faster than that waits.
         eager: Of torch's own kernels that are no products, likewise; FSDP2's copies are such.
         optimizer: Of the norm of the gradients and AdamW, likewise.
