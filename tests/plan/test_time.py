@@ -55,9 +55,9 @@ def test_every_row_of_the_samples_table_is_told_by_the_others():
 def test_every_run_of_the_samples_table_fits(model: str, rows: int):
     for shard in (16, 32):
         setup = sample_setup(model, shard, rows, compiled=True)
-        parts = memory.peak(setup, memory.trace_model(setup, rows), rows)
+        parts, held = memory.peak_and_held(setup, memory.trace_model(setup, rows), rows)
         assert CLUSTER.gpu.memory
-        assert sum(parts.values()) + memory.margin(setup, parts) < CLUSTER.gpu.memory
+        assert sum(parts.values()) + memory.margin(setup, parts, held) < CLUSTER.gpu.memory
 
 
 def test_a_kernel_takes_the_slower_of_its_two_rates_and_the_host_may_be_slower_still():
@@ -147,7 +147,7 @@ def test_collectives_and_copies_of_a_step_by_hand(changes: dict, passes: list[tu
         assert each.reduced[0] == pytest.approx(reduces * 4 * weights, rel=2e-3)
         copies = second * (weights / 2 * 6 + weights / 2 * 4 + weights * 4)  # cast, into the buffer, out of it
         if len(passes) == 1:
-            copies += weights * 6 + weights / 2 * 12  # into the buffer, and added to what is there
+            copies += weights * 6 + weights / 2 * 12 * 3 / 4  # into the buffer, and three times added to what is there
         else:
             copies += weights * (6 if index == 0 else 10) + (weights * 8 if reduces else 0)
         assert moved(each.backward[0]) - own == pytest.approx(copies, rel=2e-3)

@@ -268,18 +268,26 @@ def _inputs(model: PreTrainedModel, setup: Setup, micro_batch: int) -> dict[str,
     return inputs
 
 
+# FSDP2 allocates these on streams of its own, and what is free of one stream's memory is of no use to another one
+_STREAMS = {"reduced": "gradients", "buffers": "gathered"}
+
+
 @dataclass
 class _Walk:
-    """What is there now, by parts, and what was there at the peak."""
+    """What is there now, by parts, what was there at the peak, and the most of each stream."""
 
     now: dict[str, int]
     peak: dict[str, int] = field(default_factory=dict)
+    streams: dict[str, int] = field(default_factory=dict)
 
     def see(self, **more: int) -> None:
         """Something that is there for a moment, beside what is there now."""
-        both = {part: self.now.get(part, 0) + more.get(part, 0) for part in PARTS}
+        both = {part: self.now.get(part, 0) + more.get(part, 0) for part in (*PARTS, *_STREAMS)}
         if sum(both.values()) > sum(self.peak.values()):
             self.peak = both
+        for stream in ("", *_STREAMS):
+            size = both[stream] if stream else sum(both[part] for part in PARTS)
+            self.streams[stream] = max(size, self.streams.get(stream, 0))
 
     def add(self, part: str, size: int) -> None:
         self.now[part] += size
@@ -287,12 +295,20 @@ class _Walk:
 
 def peak(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     """Bytes at the peak of a step that is not the first, by PARTS."""
+    return peak_and_held(setup, traces, micro_batch)[0]
+
+
+def peak_and_held(setup: Setup, traces: Traces, micro_batch: int) -> tuple[dict[str, int], int]:
+    """`peak`, and the bytes that torch's allocator holds then: what each stream took at its own peak."""
     walk = _Walk(_lasting(setup, traces, micro_batch))
     if setup.parallel.fsdp is not False:
         _walk_sharded(walk, setup, traces, micro_batch)
     else:
         _walk_whole(walk, setup, traces, micro_batch)
-    return walk.peak
+    parts = {part: walk.peak[part] for part in PARTS}
+    for stream, part in _STREAMS.items():
+        parts[part] += walk.peak[stream]
+    return parts, sum(walk.streams.values())
 
 
 def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
@@ -305,15 +321,16 @@ def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     trained = sum(weight.elements(shards) for weight in weights if weight.trained)
     frozen = sum(weight.elements(shards) * weight.itemsize for weight in weights if not weight.trained)
     wide = setup.master_dtype.itemsize
-    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys((*PARTS, *_STREAMS), 0)
     if setup.has_split_masters:
         half = setup.dtype.itemsize
         parts |= {"weights": frozen + trained * half, "masters": trained * half, "gradients": trained * wide}
     else:
-        parts |= {"weights": frozen, "masters": trained * wide, "gradients": trained * wide if several else 0}
+        parts |= {"weights": frozen, "masters": trained * wide}
+        parts["reduced" if fsdp else "gradients"] = trained * wide if several else 0
     parts["moments"] = 2 * trained * wide
     if setup.parallel.offload_optimizer and setup.on_cuda:
-        parts |= dict.fromkeys(("weights", "masters", "gradients", "moments"), 0)
+        parts |= dict.fromkeys(("weights", "masters", "gradients", "reduced", "moments"), 0)
     parts["workspace"] = traces.buffers + setup.model_config.get_text_config().vocab_size * 8  # bytes of every token
     if setup.on_cuda:
         parts["workspace"] += 2 * _CUBLAS_WORKSPACE.get(setup.device.capability[0], _OTHER_CUBLAS_WORKSPACE)
@@ -454,12 +471,12 @@ def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -
         for weights, layer in zip(traces.layer_weights, traces.layers, strict=True)
     ]
     root = _group(setup, traces.root_weights, traces.root.gradients)
-    several = setup.micro_batches(micro_batch) > 1
-    on_host = setup.parallel.offload_optimizer and setup.on_cuda
-    there = on_host or (several and bool(setup.parallel.sync_each_micro_batch))
+    lasting = walk.now["reduced"]
     for each in passes(setup, micro_batch):
         _forward_sharded(walk, setup, traces, groups, root, each)
-        _backward_sharded(walk, setup, traces, groups, root, each, there)
+        _backward_sharded(walk, setup, traces, groups, root, each)
+    if lasting or (setup.parallel.offload_optimizer and setup.on_cuda):
+        walk.now["reduced"] = lasting  # what the last pass made is added to it, or goes to the host
     walk.see()
 
 
@@ -471,31 +488,30 @@ def _forward_sharded(
     buffers, before = [group.buffer if each.gathers else 0 for group in groups], 0
     if each.gathers:
         before = of_root.buffer
-        walk.see(gathered=of_root.whole + before + before // shards)
+        walk.see(gathered=of_root.whole, buffers=before + before // shards)
         walk.add("gathered", of_root.whole)
     walk.add("activations", root.entered - root.hidden)
     for index, (layer, group, buffer) in enumerate(zip(traces.layers, groups, buffers, strict=True)):
-        walk.see(activations=root.hidden, gathered=before + buffer + buffer // shards)
+        walk.see(activations=root.hidden, buffers=before + buffer + buffer // shards)
         walk.add("gathered", group.whole if each.gathers else 0)
         walk.see(
             activations=root.hidden,
-            gathered=buffer + sum(buffers[index + 1 : index + 1 + ahead]),
+            buffers=buffer + sum(buffers[index + 1 : index + 1 + ahead]),
             workspace=layer.forward - root.hidden,
         )
         walk.add("activations", _stays(setup, layer))
         if setup.parallel.reshard_after_forward != "never":
             walk.add("gathered", -group.whole)
         before = buffer
-    walk.see(activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0)
+    walk.see(activations=root.hidden, logits=root.loss - root.entered, buffers=before if traces.chunked else 0)
 
 
 def _backward_sharded(
-    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass, there: bool
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass
 ) -> None:
-    """`there`: whether the shards of gradients need no memory of their own any more."""
     root, again = traces.root, setup.parallel.reshard_after_forward != "never"
     buffers = [group.buffer if again else 0 for group in groups]
-    walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=buffers[-1])
+    walk.see(logits=root.head_backward - root.entered + root.hidden, buffers=buffers[-1])
     left = max(0, root.left - root.entered)
     walk.add("gathered", left)  # the gradients of the head
     reducing = 0
@@ -506,43 +522,54 @@ def _backward_sharded(
         walk.add("gathered", group.whole if again else 0)
         walk.see(
             activations=layer.saved,
-            gathered=coming + reducing,
+            gathered=reducing,
+            buffers=coming,
             workspace=layer.backward - layer.saved + _fetched(setup, traces.layers, index),
         )
         walk.add("gathered", -group.whole if each.drops else 0)
-        reducing = _hand_on(walk, setup, group, each, there, gathered=coming, workspace=root.hidden)
+        reducing = _hand_on(walk, setup, group, each, buffers=coming, workspace=root.hidden)
     walk.see(workspace=root.embedding_backward - root.entered + root.hidden - left, gathered=reducing)
     walk.add("gathered", -left - (of_root.whole if each.drops else 0))
     walk.now["activations"] = 0
-    _hand_on(walk, setup, of_root, each, there)
+    _hand_on(walk, setup, of_root, each)
 
 
-def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: Pass, there: bool, gathered: int = 0, **more: int) -> int:
+def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: Pass, **more: int) -> int:
     """What FSDP2 does with the gradients of a group once backward has made them; the bytes of the buffer that is still
-    being reduced when the next group's come."""
+    being reduced when the next group's come.
+
+    What comes of reducing stays until the end of the backward pass, also where it is added to what is there.
+    """
     made = 0 if each.adds else group.gradients
     if each.sums:
         if setup.dtype != setup.master_dtype:  # they are cast one by one
-            walk.see(gradients=group.sums, gathered=gathered + group.largest, **more)
+            walk.see(gradients=group.sums, gathered=group.largest, **more)
         walk.add("gradients", group.sums)
     if not each.reduces:
         return 0
-    walk.see(gathered=gathered + made + group.reduce, **more)
+    walk.see(gathered=made + group.reduce, **more)
     walk.add("gradients", -group.sums if each.adds else 0)
-    walk.see(gathered=gathered + group.reduce + group.shard, **more)
-    walk.add("gradients", 0 if there else group.shard)
+    walk.add("reduced", group.shard)
+    walk.see(gathered=group.reduce, **more)
     return group.reduce
 
 
-def margin(setup: Setup, parts: dict[str, int]) -> int:
-    """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
-    and NCCL take beside it (see data/margins.json for where the shares were measured, and for what was not)."""
+def margin(setup: Setup, parts: dict[str, int], held: int) -> int:
+    """What must be free beside the peak: what torch's allocator holds for streams that do not need it at that time, or
+    in pieces that nothing fits into, and what CUDA and NCCL take beside it (see data/margins.json for where the shares
+    were measured, and for what was not).
+
+    Args:
+        setup: The run.
+        parts: Of its peak.
+        held: By the allocator (see `peak_and_held`).
+    """
     if not setup.on_cuda:
         return 0
     shares = _margins()
     comes_and_goes = parts["activations"] + parts["logits"] + parts["gathered"] + parts["workspace"]
     beside = shares["cuda_mib"] + (shares["nccl_mib"] if setup.processes > 1 else 0)
-    return round(comes_and_goes * shares["fragments"]) + beside * MIB
+    return held - sum(parts.values()) + round(comes_and_goes * shares["fragments"]) + beside * MIB
 
 
 @functools.cache

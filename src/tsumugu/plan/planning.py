@@ -181,8 +181,8 @@ def plan(
 
 
 def _parts(cluster: Cluster, setup: memory.Setup, traces: memory.Traces, micro_batch: int) -> dict[str, int]:
-    parts = memory.peak(setup, traces, micro_batch)
-    return parts | {"margin": memory.margin(setup, parts) + cluster.gpu.withheld}
+    parts, held = memory.peak_and_held(setup, traces, micro_batch)
+    return parts | {"margin": memory.margin(setup, parts, held) + cluster.gpu.withheld}
 
 
 def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:

@@ -163,7 +163,7 @@ def _whole(setup: Setup, traces: Traces, micro_batch: int) -> MicroBatch:
 def _sharded(setup: Setup, traces: Traces, which: Pass, micro_batch: int) -> MicroBatch:
     """Of a device under FSDP2."""
     shards, wide = setup.degrees["shard"], setup.master_dtype.itemsize
-    several = setup.micro_batches(micro_batch) > 1
+    count = setup.micro_batches(micro_batch)
     forward, backward, gathered, reduced = [], [], [], []
     for weights, each in _groups(traces):
         again = which.gathers and setup.parallel.reshard_after_forward != "never" and each is not traces.root
@@ -173,7 +173,7 @@ def _sharded(setup: Setup, traces: Traces, which: Pass, micro_batch: int) -> Mic
             first += Kernels(to_gather)
             whole = sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
         second += Kernels(to_gather if again else ())
-        second += Kernels(_reduce(weights, shards, wide, which, several))
+        second += Kernels(_reduce(weights, shards, wide, which, count))
         forward.append(first)
         backward.append(second)
         gathered.append((whole, whole if again else 0))
@@ -205,9 +205,9 @@ def _gather(weights: Sequence[Weight], shards: int, wide: int) -> Work:
     return (("eager", 0, cast), ("eager", 0, copied))
 
 
-def _reduce(weights: Sequence[Weight], shards: int, wide: int, which: Pass, several: bool) -> Work:
+def _reduce(weights: Sequence[Weight], shards: int, wide: int, which: Pass, count: int) -> Work:
     """Making sums of gradients or adding to them, copying gradients or sums into a buffer of the masters' dtype, and
-    adding what comes back to what earlier micro batches left."""
+    adding what comes back to what earlier ones of `count` micro batches left."""
     trained = [weight for weight in weights if weight.trained]
     shard = sum(weight.elements(shards) for weight in trained)
     whole, itemsize = shard * shards, max((weight.itemsize for weight in trained), default=2)
@@ -219,7 +219,7 @@ def _reduce(weights: Sequence[Weight], shards: int, wide: int, which: Pass, seve
         moved.append(whole * (itemsize + 2 * wide))
     if which.reduces:
         moved.append(whole * ((wide if summed else itemsize) + wide) + (2 * shard * wide if shards == 1 else 0))
-        moved.append(3 * shard * wide if several and not summed else 0)
+        moved.append(0 if summed else 3 * shard * wide * (count - 1) / count)
     return tuple(("eager", 0, size) for size in moved)
 
 

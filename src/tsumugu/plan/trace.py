@@ -38,7 +38,7 @@ from tsumugu.training.loss import summed_loss
 _BLOCK = 512  # bytes: torch's allocator for CUDA rounds every request up to a multiple
 
 
-Work = tuple[tuple[str, int, int], ...]
+Work = tuple[tuple[str, int, float], ...]
 """Kernels: what they are (matrix, attention, varlen: attention within documents, memory: written by the compiler,
 eager: torch's own, sum: what a product does to the sum that it is added to), FLOPs, and bytes that they read and
 write."""
