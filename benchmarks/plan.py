@@ -151,8 +151,9 @@ def predict(case: str, folder: Path, device: Any) -> tuple[dict[str, Any], Any]:
     setup = memory.set_up(run, read_config(str(folder / CASES[case].preset)), device, CASES[case].processes)
     rows = run.train.micro_batch_size
     traces = memory.trace_model(setup, rows)
-    parts = memory.peak(setup, traces, rows)
+    parts, held = memory.peak_and_held(setup, traces, rows)
     found = {
+        "held_gib": held / GIB,
         "peak_gib": sum(parts.values()) / GIB,
         "parts_gib": {part: size / GIB for part, size in parts.items()},
         "seconds": time.perf_counter() - started,
@@ -395,17 +396,18 @@ def run_all(cases: list[str], arguments: argparse.Namespace) -> None:
 def show(cases: list[str], predicted: dict[str, Any], measured: dict[str, dict]) -> None:
     """The Markdown table."""
     print(
-        "\n| case | rows × tokens | predicted GiB | measured GiB | error | held GiB "
+        "\n| case | rows × tokens | predicted GiB | measured GiB | error | held, predicted | held GiB "
         "| tokens/s, predicted | tokens/s | error |"
     )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for case in cases:
         of_plan, found = predicted.get(case, {}), measured.get(case, {})
         print(
             f"| {case} | {CASES[case].rows} × {CASES[case].length} "
             f"| {cell(of_plan, 'peak_gib', '.2f')} | {cell(found, 'peak_gib', '.2f')} "
             f"| {error(of_plan, found, 'peak_gib')} "
-            f"| {cell(found, 'reserved_gib', '.2f')} | {cell(of_plan, 'tokens_per_second', ',.0f')} "
+            f"| {cell(of_plan, 'held_gib', '.2f')} | {cell(found, 'reserved_gib', '.2f')} "
+            f"| {cell(of_plan, 'tokens_per_second', ',.0f')} "
             f"| {cell(found, 'tokens_per_second', ',.0f')} | {error(of_plan, found, 'tokens_per_second')} |"
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -360,6 +360,21 @@ def _walk_whole(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> 
         walk.now["gradients"] = walk.now["masters"]
     walk.now["activations"] = walk.now["logits"] = 0
     walk.see(workspace=_of_optimizer(setup, traces))
+
+
+def kept_by_layers(setup: Setup, micro_batch: int) -> dict[str, int | None]:
+    """Bytes that all decoder layers keep on the device from forward to backward, by every kind of
+    parallel.activation_checkpointing; None where the rest of the configuration does not go with it."""
+    found: dict[str, int | None] = {}
+    for kind in get_args(ParallelConfig.__annotations__["activation_checkpointing"]):
+        try:
+            parallel = dataclasses.replace(setup.parallel, activation_checkpointing=kind)
+        except UserError:
+            found[kind] = None
+            continue
+        changed = dataclasses.replace(setup, parallel=parallel)
+        found[kind] = sum(_stays(changed, layer) for layer in trace_model(changed, micro_batch).layers)
+    return found
 
 
 def _stays(setup: Setup, layer: trace.Layer) -> int:

@@ -42,6 +42,7 @@ class Plan:
         cluster: Where.
         setup: What, with nothing left to decide.
         parts: Bytes of a device at the peak, by part; `margin` is one of them.
+        kept: Bytes that all layers keep from forward to backward, by every kind of recomputation; None: not possible.
         device_memory: Bytes; None where it is not known.
         largest_micro_batch: That fits; 0: none.
         smallest_shard_degree: That fits; None: none, or all is on one device.
@@ -59,6 +60,7 @@ class Plan:
     cluster: Cluster
     setup: memory.Setup
     parts: dict[str, int]
+    kept: dict[str, int | None]
     device_memory: int | None
     largest_micro_batch: int
     smallest_shard_degree: int | None
@@ -94,6 +96,18 @@ class Plan:
         return self.model_flops / self.step.total / self.cluster.devices / peak if self.step and peak else None
 
     @property
+    def unmeasured(self) -> list[str]:
+        """What is predicted of this run that nothing of its kind was measured for."""
+        found, gpu = [], self.cluster.gpu.name
+        if self.setup.run.model.lora.rank is not None:
+            found.append("the memory of runs with model.lora")
+        if self.setup.processes > 2:
+            found.append("memory and speed of more than two GPUs")
+        if self.step and self.calibration and f"{gpu} was not measured" in self.calibration.source:
+            found.append(f"the speed of {gpu}")
+        return found
+
+    @property
     def checkpoint_every(self) -> int | None:
         """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures).
 
@@ -115,6 +129,7 @@ class Plan:
             "instance_count": self.cluster.hosts,
             "fits": self.fits,
             "memory_gib": parts | {"total": self.total / GIB},
+            "activations_gib": {kind: None if size is None else size / GIB for kind, size in self.kept.items()},
             "device_memory_gib": None if self.device_memory is None else self.device_memory / GIB,
             "micro_batch_size": self.setup.run.train.micro_batch_size,
             "shard_degree": self.setup.degrees["shard"],
@@ -123,6 +138,7 @@ class Plan:
             "mfu": self.mfu,
             "days": self.days,
             "cost": self.cost.to_json() if self.cost else None,
+            "unmeasured": self.unmeasured,
         }
 
 
@@ -166,6 +182,7 @@ def plan(
         cluster=cluster,
         setup=setup,
         parts=parts,
+        kept=memory.kept_by_layers(setup, rows),
         device_memory=cluster.gpu.memory,
         largest_micro_batch=_largest_micro_batch(setup, traces, cluster),
         smallest_shard_degree=_smallest_shard_degree(setup, traces, cluster),

@@ -11,8 +11,10 @@ own, or tsumugu's kernels need none, that is known here by name.
 """
 
 import contextlib
+import logging
 import math
 import operator
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -233,9 +235,15 @@ def _size(item: Any) -> int:
 
 @contextlib.contextmanager
 def fake() -> Iterator[None]:
-    """Inside, tensors have shapes and no memory."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+    """Inside, tensors have shapes and no memory; torch's warnings are left to the run itself."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager
