@@ -135,19 +135,16 @@ EACH, ALWAYS = {"parallel.sync_each_micro_batch": True}, {"parallel.reshard_afte
 REPLICATED = {"parallel.shard_degree": 2, "parallel.replicate_degree": 2}
 SHARDED = {
     2: [
-        ("gpt_neox", {}, 1),
         ("qwen3", NEVER | HALF | EACH, 2),
         ("llama", EACH | {"parallel.activation_checkpointing": "full"}, 2),
         ("qwen3", NEVER | HALF | ONCE, 3),
         ("gpt_neox", ALWAYS | HALF | ONCE, 2),
-        ("llama", NEVER | ONCE, 2),
     ],
     4: [
         ("llama", REPLICATED | {"parallel.activation_checkpointing": "full"}, 1),
         ("qwen3", REPLICATED | EACH, 2),
         ("gpt_neox", NEVER | ONCE | HALF, 2),
         ("llama", REPLICATED | ALWAYS | ONCE, 3),
-        ("gpt_neox", ALWAYS | ONCE, 3),
     ],
 }
 

@@ -172,6 +172,9 @@ def _show_table(plan: Plan, console: Console, yen_per_dollar: float | None) -> N
     table.add_row("largest micro batch", str(plan.largest_micro_batch or "none"))
     table.add_row("smallest shard degree", str(plan.smallest_shard_degree or "–"))
     table.add_row("step, s", _number(plan.step and plan.step.total, ".3g"))
+    if plan.step:
+        spent = (plan.step.forward, plan.step.backward, plan.step.rest)
+        table.add_row("  of it forward / backward / optimizer", " / ".join(f"{seconds:.3g}" for seconds in spent))
     table.add_row("  of it waiting for the network", _number(plan.step and plan.step.communication, ".3g"))
     table.add_row("tokens/s", _number(plan.tokens_per_second, ",.0f"))
     table.add_row("MFU", _number(plan.mfu, ".1%"))

@@ -175,16 +175,27 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
     layers = build.decoder_layers(model)
     if run.model.lora.rank is not None:
         _adapt(model, layers, run, setup.dtype)
+    likeness = [(is_recomputed(index, parallel), *_likeness(layer)) for index, layer in enumerate(layers)]
+    first = {key: index for index, key in reversed(list(enumerate(likeness)))}
+    untraced = {
+        module for index, key in enumerate(likeness) if first[key] != index for module in layers[index].modules()
+    }
     with trace.fake():
-        model.to_empty(device="cpu")
+        for module in model.modules():
+            if module not in untraced:  # which stay on the meta device
+                module.to_empty(device="cpu", recurse=False)
         with lora.unwrapped(model):
             model.tie_weights()
         model.train()
         if setup.has_split_masters:
-            sums = {p: Sum(torch.empty_like(p, dtype=torch.float32), torch.tensor(False)) for p in model.parameters()}
-            for index, layer in enumerate(layers):
-                if not is_recomputed(index, parallel):
-                    sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
+            for (again, *_), index in first.items():
+                if not again:
+                    sums: dict[torch.Tensor, Sum] = {
+                        parameter: Sum(torch.empty_like(parameter, dtype=torch.float32), torch.tensor(False))
+                        for parameter in layers[index].parameters()
+                        if parameter.requires_grad
+                    }
+                    sum_in_products(layers[index], sums)
         inputs = _inputs(model, setup, micro_batch)
         labels = torch.zeros(micro_batch, run.data.sequence_length, dtype=torch.int64)
         chunked = parallel.chunked_loss is not False and head.is_last(model, setup.dtype)
@@ -193,15 +204,13 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
         )
         known: dict[Any, trace.Layer] = {}
         traced = []
-        for index, layer in enumerate(layers):
-            again = is_recomputed(index, parallel)
-            key = (again, *_likeness(layer))
+        for index, (key, layer) in enumerate(zip(likeness, layers, strict=True)):
             graphs = like[0].layers[index].graphs if like else None
             if key not in known and graphs and like:
                 known[key] = graphs.at(Fraction(micro_batch, like[1]))
             elif key not in known:
                 known[key] = trace.trace_layer(
-                    layer, call, parallel, again=again, keeps_gradients=keeps, on_cuda=setup.on_cuda
+                    layer, call, parallel, again=key[0], keeps_gradients=keeps, on_cuda=setup.on_cuda
                 )
             traced.append(known[key])
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}

@@ -116,7 +116,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, rounded: bool, on_cuda: bool):
         super().__init__()
         self.live, self.peak = 0, 0
-        self.work: list[tuple[str, int, int]] = []
+        self.work: list[tuple[str, int, float]] = []
         self._rounded, self._on_cuda = rounded, on_cuda
         self._known: dict[int, weakref.ref] = {}
 
