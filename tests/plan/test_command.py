@@ -1,23 +1,27 @@
 """`tsumugu plan` from the command line."""
 
 import json
+import logging
 import math
 import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from support.models import tiny_config
 from support.runs import run_config
 
 from tsumugu import cli
 from tsumugu.config import TrainingRun, load
 from tsumugu.errors import UserError
-from tsumugu.plan import command, instances, planning
+from tsumugu.model.presets import sized_config
+from tsumugu.plan import command, instances, memory, planning
 from tsumugu.training import checkpoint
 
 KEYS = {
     *("fits", "memory_gib", "device_memory_gib", "micro_batch_size", "shard_degree", "tokens_per_second"),
-    *("step_seconds", "mfu", "days", "cost", "instance_type", "instance_count"),
+    *("step_seconds", "mfu", "days", "cost", "instance_type", "instance_count", "activations_gib", "unmeasured"),
 }
 
 
@@ -57,6 +61,57 @@ def test_json_has_the_keys_of_the_design(tmp_path: Path, capsys):
     assert found["tokens_per_second"] == pytest.approx(512 * 2048 / found["step_seconds"])
 
 
+def test_every_kind_of_recomputation_is_shown_with_what_its_layers_keep(tmp_path: Path, capsys):
+    """With full recomputation a layer keeps its input: 24 layers of 2 × 2,048 tokens of 2,048 numbers of 2 bytes."""
+    arguments = ["--config", recipe(tmp_path), "--instance-type", "ml.p4d.24xlarge"]
+    kept = json.loads(planned(capsys, *arguments, "--json")[1])["activations_gib"]
+    assert list(kept) == ["none", "selective", "full"]
+    assert kept["full"] == pytest.approx(24 * 2 * 2048 * 2048 * 2 / 2**30)
+    assert kept["full"] < kept["selective"] < kept["none"]
+    [line] = [line for line in planned(capsys, *arguments)[1].splitlines() if line.startswith("layers keep")]
+    assert line.startswith("layers keep, recomputing none / selective / full, GiB")
+    assert line.split("GiB")[1].strip() == " / ".join(f"{size:.2f}" for size in kept.values())
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path, capsys):
+    pytest.importorskip("peft")
+    tiny_config("llama", tied=True).save_pretrained(tmp_path / "llama")
+    model = {"preset": None, "pretrained": str(tmp_path / "llama"), "lora": {"rank": 4}}
+    file = recipe(tmp_path, model=model, data={"sequence_length": 16}, parallel={"compile": False})
+    code, text = planned(capsys, "--config", file, "--instance-type", "p4d.24xlarge", "--json")
+    assert code == 0
+    assert json.loads(text)["unmeasured"] == [
+        "the memory of runs with model.lora", "memory and speed of more than two GPUs", "the speed of A100-40GB",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [("tensor_degree", "2"), ("fp8", "tensorwise")])
+def test_what_plan_cannot_tell_is_refused_in_a_line(tmp_path: Path, capsys, key: str, value: str):
+    arguments = ["--config", recipe(tmp_path), "--instance-type", "p5.48xlarge", f"--parallel.{key}", value]
+    assert cli.main(["plan", *arguments]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == f"tsumugu: plan does not know parallel.{key} (leave it out to plan without it)"
+
+
+def test_torch_does_not_warn(tmp_path: Path):
+    """As it does where layers that are computed again are compiled, once in a process."""
+    torch._logging._internal.warning_once.cache_clear()
+    logger, records = logging.getLogger("torch._higher_order_ops.wrap"), []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    changes = {"model.preset": "1b", "data.sequence_length": 512, "train.max_steps": 1}
+    run = run_config(tmp_path, changes | {"parallel.activation_checkpointing": "selective"})
+    logger.addHandler(handler)
+    try:
+        setup = memory.set_up(run, sized_config("1b", 52096), instances.gpu("H100").device(), 1)
+        memory.trace_model(setup, 1)
+    finally:
+        logger.removeHandler(handler)
+    assert setup.parallel.compile
+    assert records == []
+    assert not logging.root.manager.disable
+
+
 def test_several_side_by_side_with_the_fastest_and_the_cheapest(tmp_path: Path, capsys):
     arguments = ["--config", recipe(tmp_path), "--instance-type", "ml.p4d.24xlarge", "p5.48xlarge"]
     arguments += ["--price-per-hour", "p5.48xlarge=500", "--yen-per-dollar", "150"]
@@ -89,8 +144,26 @@ def test_what_does_not_fit_is_said_with_what_would_help(tmp_path: Path, capsys):
     assert json.loads(text)["memory_gib"]["total"] == pytest.approx(promised, abs=0.01)
 
 
+def test_sums_of_gradients_and_gathered_weights_are_named_where_they_are_too_much(tmp_path: Path, capsys):
+    """By hand: 1,421,987,840 float32 sums, of which a device of four keeps a quarter in the end."""
+    file = recipe(tmp_path, parallel={"compile": False})
+    arguments = ["--config", file, "--instance-type", "g5.12xlarge", "--train.micro_batch_size", "16"]
+    arguments += ["--parallel.sync_each_micro_batch", "false", "--parallel.reshard_after_forward", "never"]
+    arguments += ["--train.global_batch_size", "128"]
+    code, text = planned(capsys, *arguments)
+    needs = float(next(line for line in text.splitlines() if line.startswith("a device needs")).split()[-1])
+    promised = {line.split()[0]: float(line.split()[2]) for line in text.splitlines() if line.startswith("  parallel.")}
+    saved = needs - promised["parallel.sync_each_micro_batch"]
+    assert code == 1
+    assert saved == pytest.approx(1_421_987_840 * 4 * 3 / 4 / 2**30 * 1.05, rel=0.1)
+    assert needs - promised["parallel.reshard_after_forward"] > 1
+    _, text = planned(capsys, *arguments, "--parallel.sync_each_micro_batch", "true", "--json")
+    assert json.loads(text)["memory_gib"]["total"] == pytest.approx(needs - saved, abs=0.01)
+
+
 def test_the_largest_micro_batch_fits_and_one_more_does_not(tmp_path: Path, capsys):
-    arguments = ["--config", recipe(tmp_path), "--instance-type", "p4d.24xlarge"]
+    file = recipe(tmp_path, parallel={"compile": False})
+    arguments = ["--config", file, "--instance-type", "p4d.24xlarge"]
     _, text = planned(capsys, *arguments)
     [line] = [line for line in text.splitlines() if line.startswith("largest micro batch")]
     largest = int(line.split()[-1])

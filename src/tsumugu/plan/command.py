@@ -103,8 +103,6 @@ def show(found: Sequence[Plan], console: Console, yen_per_dollar: float | None) 
         _show_table(first, console, yen_per_dollar)
     else:
         _show_side_by_side(found, console)
-    if run.model.lora.rank is not None:
-        console.print("the memory of runs with model.lora has not been measured on a GPU")
     for plan in found:
         _show_notes(plan, console, named=len(found) > 1)
     console.print("what serves an export of this model (docs/interoperability.md):")
@@ -169,9 +167,14 @@ def _show_table(plan: Plan, console: Console, yen_per_dollar: float | None) -> N
     table.add_row("a device needs, GiB", f"{plan.total / GIB:.2f}")
     table.add_row("a device has, GiB", "?" if plan.device_memory is None else f"{plan.device_memory / GIB:.2f}")
     table.add_row("fits", "yes" if plan.fits else "no")
+    kept = " / ".join("–" if size is None else f"{size / GIB:.2f}" for size in plan.kept.values())
+    table.add_row(f"layers keep, recomputing {' / '.join(plan.kept)}, GiB", kept)
     table.add_row("largest micro batch", str(plan.largest_micro_batch or "none"))
     table.add_row("smallest shard degree", str(plan.smallest_shard_degree or "–"))
     table.add_row("step, s", _number(plan.step and plan.step.total, ".3g"))
+    if plan.step:
+        spent = (plan.step.forward, plan.step.backward, plan.step.rest)
+        table.add_row("  of it forward / backward / optimizer", " / ".join(f"{seconds:.3g}" for seconds in spent))
     table.add_row("  of it waiting for the network", _number(plan.step and plan.step.communication, ".3g"))
     table.add_row("tokens/s", _number(plan.tokens_per_second, ",.0f"))
     table.add_row("MFU", _number(plan.mfu, ".1%"))
@@ -212,6 +215,8 @@ def _show_notes(plan: Plan, console: Console, named: bool) -> None:
         console.print(f"{prefix}price of {plan.cost.price.date} ({plan.cost.price.source})")
     elif plan.cluster.name != "this machine":
         console.print(f"{prefix}its price is not known: give --price-per-hour, --prices or --aws-prices")
+    if plan.unmeasured:
+        console.print(f"{prefix}not measured: {', '.join(plan.unmeasured)}")
     if plan.changes:
         console.print(f"{prefix}what would help, and what a device would need then:")
         for change in plan.changes:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -150,7 +150,7 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
     """
     keeps = _keeps_gradients(setup, micro_batch)
     same: dict[str, Any] = {"shard_degree": None, "replicate_degree": None, "reshard_after_forward": "auto"}
-    same |= {"prefetch": 1, "offload_activations": False, "offload_optimizer": False}
+    same |= {"sync_each_micro_batch": None, "prefetch": 1, "offload_activations": False, "offload_optimizer": False}
     parallel = dataclasses.replace(setup.parallel, **same)
     what = (setup.model_config.to_json_string(), setup.run.model.lora, setup.run.data, parallel, setup.dtype)
     key = repr((*what, setup.on_cuda, setup.device.capability >= (8, 0), keeps, setup.has_split_masters, micro_batch))
@@ -163,8 +163,9 @@ def trace_model(setup: Setup, micro_batch: int, like: tuple[Traces, int] | None 
 
 def _keeps_gradients(setup: Setup, micro_batch: int) -> bool:
     """Whether the gradients of weights are held by themselves after a micro batch."""
-    if setup.parallel.fsdp is not False:
-        return True
+    if setup.parallel.fsdp is not False:  # sums in another dtype are FSDP2's, those in the same are autograd's
+        once = not setup.parallel.sync_each_micro_batch and setup.micro_batches(micro_batch) > 1
+        return not (once and setup.dtype == setup.master_dtype)
     return not setup.has_split_masters and setup.micro_batches(micro_batch) == 1
 
 
@@ -174,16 +175,27 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
     layers = build.decoder_layers(model)
     if run.model.lora.rank is not None:
         _adapt(model, layers, run, setup.dtype)
+    likeness = [(is_recomputed(index, parallel), *_likeness(layer)) for index, layer in enumerate(layers)]
+    first = {key: index for index, key in reversed(list(enumerate(likeness)))}
+    untraced = {
+        module for index, key in enumerate(likeness) if first[key] != index for module in layers[index].modules()
+    }
     with trace.fake():
-        model.to_empty(device="cpu")
+        for module in model.modules():
+            if module not in untraced:  # which stay on the meta device
+                module.to_empty(device="cpu", recurse=False)
         with lora.unwrapped(model):
             model.tie_weights()
         model.train()
         if setup.has_split_masters:
-            sums = {p: Sum(torch.empty_like(p, dtype=torch.float32), torch.tensor(False)) for p in model.parameters()}
-            for index, layer in enumerate(layers):
-                if not is_recomputed(index, parallel):
-                    sum_in_products(layer, {p: held for p, held in sums.items() if p.requires_grad})
+            for (again, *_), index in first.items():
+                if not again:
+                    sums: dict[torch.Tensor, Sum] = {
+                        parameter: Sum(torch.empty_like(parameter, dtype=torch.float32), torch.tensor(False))
+                        for parameter in layers[index].parameters()
+                        if parameter.requires_grad
+                    }
+                    sum_in_products(layers[index], sums)
         inputs = _inputs(model, setup, micro_batch)
         labels = torch.zeros(micro_batch, run.data.sequence_length, dtype=torch.int64)
         chunked = parallel.chunked_loss is not False and head.is_last(model, setup.dtype)
@@ -192,15 +204,13 @@ def _trace_model(setup: Setup, micro_batch: int, keeps: bool, like: tuple[Traces
         )
         known: dict[Any, trace.Layer] = {}
         traced = []
-        for index, layer in enumerate(layers):
-            again = is_recomputed(index, parallel)
-            key = (again, *_likeness(layer))
+        for index, (key, layer) in enumerate(zip(likeness, layers, strict=True)):
             graphs = like[0].layers[index].graphs if like else None
             if key not in known and graphs and like:
                 known[key] = graphs.at(Fraction(micro_batch, like[1]))
             elif key not in known:
                 known[key] = trace.trace_layer(
-                    layer, call, parallel, again=again, keeps_gradients=keeps, on_cuda=setup.on_cuda
+                    layer, call, parallel, again=key[0], keeps_gradients=keeps, on_cuda=setup.on_cuda
                 )
             traced.append(known[key])
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
@@ -267,18 +277,26 @@ def _inputs(model: PreTrainedModel, setup: Setup, micro_batch: int) -> dict[str,
     return inputs
 
 
+# FSDP2 allocates these on streams of its own, and what is free of one stream's memory is of no use to another one
+_STREAMS = {"reduced": "gradients", "buffers": "gathered"}
+
+
 @dataclass
 class _Walk:
-    """What is there now, by parts, and what was there at the peak."""
+    """What is there now, by parts, what was there at the peak, and the most of each stream."""
 
     now: dict[str, int]
     peak: dict[str, int] = field(default_factory=dict)
+    streams: dict[str, int] = field(default_factory=dict)
 
     def see(self, **more: int) -> None:
         """Something that is there for a moment, beside what is there now."""
-        both = {part: self.now.get(part, 0) + more.get(part, 0) for part in PARTS}
+        both = {part: self.now.get(part, 0) + more.get(part, 0) for part in (*PARTS, *_STREAMS)}
         if sum(both.values()) > sum(self.peak.values()):
             self.peak = both
+        for stream in ("", *_STREAMS):
+            size = both[stream] if stream else sum(both[part] for part in PARTS)
+            self.streams[stream] = max(size, self.streams.get(stream, 0))
 
     def add(self, part: str, size: int) -> None:
         self.now[part] += size
@@ -286,31 +304,42 @@ class _Walk:
 
 def peak(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     """Bytes at the peak of a step that is not the first, by PARTS."""
+    return peak_and_held(setup, traces, micro_batch)[0]
+
+
+def peak_and_held(setup: Setup, traces: Traces, micro_batch: int) -> tuple[dict[str, int], int]:
+    """`peak`, and the bytes that torch's allocator holds then: what each stream took at its own peak."""
     walk = _Walk(_lasting(setup, traces, micro_batch))
     if setup.parallel.fsdp is not False:
         _walk_sharded(walk, setup, traces, micro_batch)
     else:
         _walk_whole(walk, setup, traces, micro_batch)
-    return walk.peak
+    parts = {part: walk.peak[part] for part in PARTS}
+    for stream, part in _STREAMS.items():
+        parts[part] += walk.peak[stream]
+    return parts, sum(walk.streams.values())
 
 
 def _lasting(setup: Setup, traces: Traces, micro_batch: int) -> dict[str, int]:
     """What is there all the time."""
     fsdp, several = setup.parallel.fsdp is not False, setup.micro_batches(micro_batch) > 1
+    if fsdp and not setup.parallel.sync_each_micro_batch:
+        several = False  # until the last micro batch there are sums alone
     shards = setup.degrees["shard"] if fsdp else 1
     weights = [*traces.root_weights, *(weight for each in traces.layer_weights for weight in each)]
     trained = sum(weight.elements(shards) for weight in weights if weight.trained)
     frozen = sum(weight.elements(shards) * weight.itemsize for weight in weights if not weight.trained)
     wide = setup.master_dtype.itemsize
-    parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+    parts: dict[str, int] = dict.fromkeys((*PARTS, *_STREAMS), 0)
     if setup.has_split_masters:
         half = setup.dtype.itemsize
         parts |= {"weights": frozen + trained * half, "masters": trained * half, "gradients": trained * wide}
     else:
-        parts |= {"weights": frozen, "masters": trained * wide, "gradients": trained * wide if several else 0}
+        parts |= {"weights": frozen, "masters": trained * wide}
+        parts["reduced" if fsdp else "gradients"] = trained * wide if several else 0
     parts["moments"] = 2 * trained * wide
     if setup.parallel.offload_optimizer and setup.on_cuda:
-        parts |= dict.fromkeys(("weights", "masters", "gradients", "moments"), 0)
+        parts |= dict.fromkeys(("weights", "masters", "gradients", "reduced", "moments"), 0)
     parts["workspace"] = traces.buffers + setup.model_config.get_text_config().vocab_size * 8  # bytes of every token
     if setup.on_cuda:
         parts["workspace"] += 2 * _CUBLAS_WORKSPACE.get(setup.device.capability[0], _OTHER_CUBLAS_WORKSPACE)
@@ -340,6 +369,21 @@ def _walk_whole(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> 
         walk.now["gradients"] = walk.now["masters"]
     walk.now["activations"] = walk.now["logits"] = 0
     walk.see(workspace=_of_optimizer(setup, traces))
+
+
+def kept_by_layers(setup: Setup, micro_batch: int) -> dict[str, int | None]:
+    """Bytes that all decoder layers keep on the device from forward to backward, by every kind of
+    parallel.activation_checkpointing; None where the rest of the configuration does not go with it."""
+    found: dict[str, int | None] = {}
+    for kind in get_args(ParallelConfig.__annotations__["activation_checkpointing"]):
+        try:
+            parallel = dataclasses.replace(setup.parallel, activation_checkpointing=kind)
+        except UserError:
+            found[kind] = None
+            continue
+        changed = dataclasses.replace(setup, parallel=parallel)
+        found[kind] = sum(_stays(changed, layer) for layer in trace_model(changed, micro_batch).layers)
+    return found
 
 
 def _stays(setup: Setup, layer: trace.Layer) -> int:
@@ -372,83 +416,184 @@ def _of_optimizer(setup: Setup, traces: Traces) -> int:
         return tracker.peak
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Bytes of one of FSDP2's groups on a device: of a layer's weights, or of the root's.
+
+    Attributes:
+        whole: Gathered weights.
+        buffer: What they travel through: with more than one shard as much, which goes once the next ones are there.
+        gradients: As backward hands them on, in the dtype of the computation.
+        sums: Of gradients over micro batches, before they are exchanged, in the masters' dtype.
+        largest: Of `gradients`, those of one weight.
+        reduce: The buffer that is reduced, in the masters' dtype.
+        shard: What comes of it.
+    """
+
+    whole: int
+    buffer: int
+    gradients: int
+    sums: int
+    largest: int
+    reduce: int
+    shard: int
+
+
+def _group(setup: Setup, weights: Sequence[Weight], gradients: int) -> _Group:
+    shards, wide = setup.degrees["shard"], setup.master_dtype.itemsize
+    trained = [weight for weight in weights if weight.trained]
+    whole = sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
+    shard = sum(weight.elements(shards) for weight in trained) * wide
+    return _Group(
+        whole=whole,
+        buffer=whole if shards > 1 else 0,
+        gradients=gradients,
+        sums=sum(weight.elements(1) for weight in trained) * wide,
+        largest=max((weight.elements(1) * weight.itemsize for weight in trained), default=0),
+        reduce=shard * shards,
+        shard=shard,
+    )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A micro batch of a step, as far as FSDP2 cares which of them it is.
+
+    Attributes:
+        times: Micro batches of a step that are like it.
+        gathers: Whether weights are not there yet.
+        drops: Whether they go after backward.
+        sums: Whether gradients are summed up before they are exchanged, and no sums are there yet.
+        adds: Whether they are, and sums are there.
+        reduces: Whether gradients, or their sums, are exchanged.
+    """
+
+    times: int
+    gathers: bool
+    drops: bool
+    sums: bool
+    adds: bool
+    reduces: bool
+
+
+def passes(setup: Setup, micro_batch: int) -> list[Pass]:
+    """The micro batches of a step that differ under FSDP2, in their order."""
+    count = setup.micro_batches(micro_batch)
+    if setup.parallel.sync_each_micro_batch or count == 1:
+        return [Pass(count, gathers=True, drops=True, sums=False, adds=False, reduces=True)]
+    stay = setup.parallel.reshard_after_forward == "never"
+    first = Pass(1, gathers=True, drops=not stay, sums=True, adds=False, reduces=False)
+    between = Pass(count - 2, gathers=not stay, drops=not stay, sums=False, adds=True, reduces=False)
+    last = dataclasses.replace(between, times=1, drops=True, reduces=True)
+    return [first, *([between] if count > 2 else []), last]
+
+
 def _walk_sharded(walk: _Walk, setup: Setup, traces: Traces, micro_batch: int) -> None:
     """A step under FSDP2: every layer is a group of its own, embedding, norm and head are the root's."""
-    root, layers, parallel = traces.root, traces.layers, setup.parallel
-    shards, several = setup.degrees["shard"], setup.micro_batches(micro_batch) > 1
-    on_host = parallel.offload_optimizer and setup.on_cuda
-    wide, stays_gathered = setup.master_dtype.itemsize, parallel.reshard_after_forward == "never"
-
-    def gathered(weights: Sequence[Weight]) -> int:
-        return sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
-
-    def reduced(weights: Sequence[Weight]) -> int:
-        return sum(weight.elements(shards) * shards * wide for weight in weights if weight.trained)
-
-    whole = [gathered(weights) for weights in traces.layer_weights]
-    # with more than one shard weights travel through a buffer of their size, which goes once the next ones are there
-    buffer = [size if shards > 1 else 0 for size in whole]
-    reduce = [reduced(weights) for weights in traces.layer_weights]
-    root_whole, root_reduce = gathered(traces.root_weights), reduced(traces.root_weights)
-    ahead = parallel.prefetch if parallel.prefetch > 1 else 0
-
-    walk.see(gathered=root_whole + (root_whole + root_whole // shards if shards > 1 else 0))
-    walk.add("gathered", root_whole)
-    walk.add("activations", root.entered - root.hidden)
-    before = root_whole if shards > 1 else 0
-    for index, layer in enumerate(layers):
-        walk.see(activations=root.hidden, gathered=before + buffer[index] + buffer[index] // shards)
-        coming = sum(buffer[index + 1 : index + 1 + ahead])
-        walk.see(
-            activations=root.hidden,
-            gathered=whole[index] + buffer[index] + coming,
-            workspace=layer.forward - root.hidden,
-        )
-        walk.add("activations", _stays(setup, layer))
-        if stays_gathered:
-            walk.add("gathered", whole[index])
-        before = buffer[index]
-    walk.see(activations=root.hidden, logits=root.loss - root.entered, gathered=before if traces.chunked else 0)
-    prefetched = 0 if stays_gathered else buffer[-1]
-    walk.see(logits=root.head_backward - root.entered + root.hidden, gathered=prefetched)
-    left = max(0, root.left - root.entered)
-    walk.add("gathered", left)  # the gradients of the head
-    reducing = 0
-    for index in range(len(layers) - 1, -1, -1):
-        layer = layers[index]
-        walk.add("activations", -_stays(setup, layer))
-        if stays_gathered:
-            walk.add("gathered", -whole[index])
-        coming = 0 if stays_gathered else sum(buffer[max(0, index - max(1, ahead)) : index])
-        walk.see(
-            activations=layer.saved,
-            gathered=whole[index] + coming + reducing,
-            workspace=layer.backward - layer.saved + _fetched(setup, layers, index),
-        )
-        walk.see(workspace=root.hidden, gathered=layer.gradients + coming + reduce[index])
-        walk.see(workspace=root.hidden, gathered=coming + reduce[index] + reduce[index] // shards)
-        if not several and not on_host:
-            walk.add("gradients", reduce[index] // shards)
-        reducing = reduce[index]
-    walk.see(workspace=root.embedding_backward - root.entered + root.hidden - left, gathered=reducing)
-    walk.now["gathered"] = 0
-    walk.see(gathered=root.gradients + root_reduce)
-    walk.see(gathered=root_reduce + root_reduce // shards)
-    if not several and not on_host:
-        walk.add("gradients", root_reduce // shards)
-    walk.now["activations"] = 0
+    groups = [
+        _group(setup, weights, layer.gradients)
+        for weights, layer in zip(traces.layer_weights, traces.layers, strict=True)
+    ]
+    root = _group(setup, traces.root_weights, traces.root.gradients)
+    lasting = walk.now["reduced"]
+    for each in passes(setup, micro_batch):
+        _forward_sharded(walk, setup, traces, groups, root, each)
+        _backward_sharded(walk, setup, traces, groups, root, each)
+    if lasting or (setup.parallel.offload_optimizer and setup.on_cuda):
+        walk.now["reduced"] = lasting  # what the last pass made is added to it, or goes to the host
     walk.see()
 
 
-def margin(setup: Setup, parts: dict[str, int]) -> int:
-    """What must be free beside the peak: what torch's allocator holds in pieces that nothing fits into, and what CUDA
-    and NCCL take beside it (see data/margins.json for where the shares were measured, and for what was not)."""
+def _forward_sharded(
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass
+) -> None:
+    root, shards = traces.root, setup.degrees["shard"]
+    ahead = setup.parallel.prefetch if setup.parallel.prefetch > 1 else 0
+    buffers, before = [group.buffer if each.gathers else 0 for group in groups], 0
+    if each.gathers:
+        before = of_root.buffer
+        walk.see(gathered=of_root.whole, buffers=before + before // shards)
+        walk.add("gathered", of_root.whole)
+    walk.add("activations", root.entered - root.hidden)
+    for index, (layer, group, buffer) in enumerate(zip(traces.layers, groups, buffers, strict=True)):
+        walk.see(activations=root.hidden, buffers=before + buffer + buffer // shards)
+        walk.add("gathered", group.whole if each.gathers else 0)
+        walk.see(
+            activations=root.hidden,
+            buffers=buffer + sum(buffers[index + 1 : index + 1 + ahead]),
+            workspace=layer.forward - root.hidden,
+        )
+        walk.add("activations", _stays(setup, layer))
+        if setup.parallel.reshard_after_forward != "never":
+            walk.add("gathered", -group.whole)
+        before = buffer
+    walk.see(activations=root.hidden, logits=root.loss - root.entered, buffers=before if traces.chunked else 0)
+
+
+def _backward_sharded(
+    walk: _Walk, setup: Setup, traces: Traces, groups: Sequence[_Group], of_root: _Group, each: Pass
+) -> None:
+    root, again = traces.root, setup.parallel.reshard_after_forward != "never"
+    buffers = [group.buffer if again else 0 for group in groups]
+    walk.see(logits=root.head_backward - root.entered + root.hidden, buffers=buffers[-1])
+    left = max(0, root.left - root.entered)
+    walk.add("gathered", left)  # the gradients of the head
+    reducing = 0
+    for index in range(len(groups) - 1, -1, -1):
+        layer, group = traces.layers[index], groups[index]
+        coming = sum(buffers[max(0, index - setup.parallel.prefetch) : index])
+        walk.add("activations", -_stays(setup, layer))
+        walk.add("gathered", group.whole if again else 0)
+        walk.see(
+            activations=layer.saved,
+            gathered=reducing,
+            buffers=coming,
+            workspace=layer.backward - layer.saved + _fetched(setup, traces.layers, index),
+        )
+        walk.add("gathered", -group.whole if each.drops else 0)
+        reducing = _hand_on(walk, setup, group, each, buffers=coming, workspace=root.hidden)
+    walk.see(workspace=root.embedding_backward - root.entered + root.hidden - left, gathered=reducing)
+    walk.add("gathered", -left - (of_root.whole if each.drops else 0))
+    walk.now["activations"] = 0
+    _hand_on(walk, setup, of_root, each)
+
+
+def _hand_on(walk: _Walk, setup: Setup, group: _Group, each: Pass, **more: int) -> int:
+    """What FSDP2 does with the gradients of a group once backward has made them; the bytes of the buffer that is still
+    being reduced when the next group's come.
+
+    What comes of reducing stays until the end of the backward pass, also where it is added to what is there.
+    """
+    made = 0 if each.adds else group.gradients
+    if each.sums:
+        if setup.dtype != setup.master_dtype:  # they are cast one by one
+            walk.see(gradients=group.sums, gathered=group.largest, **more)
+        walk.add("gradients", group.sums)
+    if not each.reduces:
+        return 0
+    walk.see(gathered=made + group.reduce, **more)
+    walk.add("gradients", -group.sums if each.adds else 0)
+    walk.add("reduced", group.shard)
+    walk.see(gathered=group.reduce, **more)
+    return group.reduce
+
+
+def margin(setup: Setup, parts: dict[str, int], held: int) -> int:
+    """What must be free beside the peak: what torch's allocator holds for streams that do not need it at that time, or
+    in pieces that nothing fits into, and what CUDA and NCCL take beside it (see data/margins.json for where the shares
+    were measured, and for what was not).
+
+    Args:
+        setup: The run.
+        parts: Of its peak.
+        held: By the allocator (see `peak_and_held`).
+    """
     if not setup.on_cuda:
         return 0
     shares = _margins()
     comes_and_goes = parts["activations"] + parts["logits"] + parts["gathered"] + parts["workspace"]
     beside = shares["cuda_mib"] + (shares["nccl_mib"] if setup.processes > 1 else 0)
-    return round(comes_and_goes * shares["fragments"]) + beside * MIB
+    return held - sum(parts.values()) + round(comes_and_goes * shares["fragments"]) + beside * MIB
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """A recipe on certain devices: does it fit, how long does it take, what does it cost."""
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Plan:
         cluster: Where.
         setup: What, with nothing left to decide.
         parts: Bytes of a device at the peak, by part; `margin` is one of them.
+        kept: Bytes that all layers keep from forward to backward, by every kind of recomputation; None: not possible.
         device_memory: Bytes; None where it is not known.
         largest_micro_batch: That fits; 0: none.
         smallest_shard_degree: That fits; None: none, or all is on one device.
@@ -58,6 +60,7 @@ class Plan:
     cluster: Cluster
     setup: memory.Setup
     parts: dict[str, int]
+    kept: dict[str, int | None]
     device_memory: int | None
     largest_micro_batch: int
     smallest_shard_degree: int | None
@@ -93,6 +96,18 @@ class Plan:
         return self.model_flops / self.step.total / self.cluster.devices / peak if self.step and peak else None
 
     @property
+    def unmeasured(self) -> list[str]:
+        """What is predicted of this run that nothing of its kind was measured for."""
+        found, gpu = [], self.cluster.gpu.name
+        if self.setup.run.model.lora.rank is not None:
+            found.append("the memory of runs with model.lora")
+        if self.setup.processes > 2:
+            found.append("memory and speed of more than two GPUs")
+        if self.step and self.calibration and f"{gpu} was not measured" in self.calibration.source:
+            found.append(f"the speed of {gpu}")
+        return found
+
+    @property
     def checkpoint_every(self) -> int | None:
         """Steps between checkpoints by Young's and Daly's rule (Daly 2006): √(2 × stall × time between failures).
 
@@ -114,6 +129,7 @@ class Plan:
             "instance_count": self.cluster.hosts,
             "fits": self.fits,
             "memory_gib": parts | {"total": self.total / GIB},
+            "activations_gib": {kind: None if size is None else size / GIB for kind, size in self.kept.items()},
             "device_memory_gib": None if self.device_memory is None else self.device_memory / GIB,
             "micro_batch_size": self.setup.run.train.micro_batch_size,
             "shard_degree": self.setup.degrees["shard"],
@@ -122,6 +138,7 @@ class Plan:
             "mfu": self.mfu,
             "days": self.days,
             "cost": self.cost.to_json() if self.cost else None,
+            "unmeasured": self.unmeasured,
         }
 
 
@@ -165,6 +182,7 @@ def plan(
         cluster=cluster,
         setup=setup,
         parts=parts,
+        kept=memory.kept_by_layers(setup, rows),
         device_memory=cluster.gpu.memory,
         largest_micro_batch=_largest_micro_batch(setup, traces, cluster),
         smallest_shard_degree=_smallest_shard_degree(setup, traces, cluster),
@@ -180,8 +198,8 @@ def plan(
 
 
 def _parts(cluster: Cluster, setup: memory.Setup, traces: memory.Traces, micro_batch: int) -> dict[str, int]:
-    parts = memory.peak(setup, traces, micro_batch)
-    return parts | {"margin": memory.margin(setup, parts) + cluster.gpu.withheld}
+    parts, held = memory.peak_and_held(setup, traces, micro_batch)
+    return parts | {"margin": memory.margin(setup, parts, held) + cluster.gpu.withheld}
 
 
 def _fits(cluster: Cluster, parts: dict[str, int]) -> bool:
@@ -238,6 +256,14 @@ def _changes(setup: memory.Setup, traces: memory.Traces, cluster: Cluster) -> li
     if setup.processes > 1 and setup.degrees["shard"] < setup.processes:
         sharded = memory.with_shard_degree(setup, setup.processes)
         tried(f"parallel.shard_degree {setup.processes}", sharded, traces, "more communication")
+    decided = setup.parallel
+    if decided.fsdp and not decided.sync_each_micro_batch and setup.micro_batches(rows) > 1:
+        exchanged = dataclasses.replace(setup, parallel=dataclasses.replace(decided, sync_each_micro_batch=True))
+        cost = "gradients are exchanged in every micro batch"
+        tried("parallel.sync_each_micro_batch true", exchanged, memory.trace_model(exchanged, rows), cost)
+    if decided.fsdp and decided.reshard_after_forward == "never" and setup.degrees["shard"] > 1:
+        dropped = dataclasses.replace(setup, parallel=dataclasses.replace(decided, reshard_after_forward="always"))
+        tried("parallel.reshard_after_forward always", dropped, traces, "weights are gathered twice a micro batch")
     if rows > 1:
         for size in dict.fromkeys((rows // 2, 1)):
             changed = memory.with_micro_batch(setup, size)

@@ -16,10 +16,15 @@ import numpy as np
 
 from tsumugu.errors import UserError
 from tsumugu.plan.instances import Cluster, Gpu
-from tsumugu.plan.memory import Setup, Traces, Weight
+from tsumugu.plan.memory import Pass, Setup, Traces, Weight, passes
 from tsumugu.plan.trace import Work
 
-KINDS = ("matrix", "attention", "varlen", "memory")
+EFFICIENCIES = ("matrix", "attention", "varlen", "memory", "eager", "optimizer")
+KINDS = (*EFFICIENCIES, "sum")
+
+# Seconds of a collective that no bandwidth shortens, by NCCL's own figures for rings (src/graph/tuning.cc, protocol
+# Simple): once, and for every step from device to device by NVLink, or from host to host
+_COLLECTIVE, _LINK_STEP, _NETWORK_STEP = 8.4e-6, 3.4e-6, 9.6e-6
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,12 @@ class Calibration:
         matrix: Of matrix products, over the peak of the matrix units.
         attention: Of attention, likewise.
         varlen: Of attention within documents, likewise.
-        memory: Of what reads and writes, over the bandwidth of the memory.
+        memory: Of kernels that the compiler writes, and of what products read and write, over the memory's bandwidth.
         launch: Seconds of the host for every kernel; a device that is faster than that waits.
-        network: Of collectives, over the bandwidth of links and network.
+        eager: Of torch's own kernels that are no products, likewise; FSDP2's copies are such.
+        optimizer: Of the norm of the gradients and AdamW, likewise.
+        link: Of collectives, over the bandwidth between the devices of a host.
+        network: Of collectives, over the bandwidth between hosts.
         source: Where it was measured, on what, when.
     """
 
@@ -41,6 +49,9 @@ class Calibration:
     varlen: float
     memory: float
     launch: float
+    eager: float = 0.5
+    optimizer: float = 0.8
+    link: float = 1.0
     network: float = 1.0
     source: str = ""
 
@@ -92,84 +103,124 @@ class Kernels:
     def seconds(self, flops: float, bandwidth: float, calibration: Calibration) -> float:
         """At a device's peaks, or at the rate at which the host starts them."""
         kinds, operations, moved, times = self._rows.T
-        efficiency = np.array([calibration.matrix, calibration.attention, calibration.varlen, 1.0])[kinds.astype(int)]
-        each = np.maximum(operations / (flops * efficiency), moved / (bandwidth * calibration.memory))
+        of, memory = calibration, calibration.memory
+        efficiency = np.array([of.matrix, of.attention, of.varlen, *[1.0] * 4])[kinds.astype(int)]
+        rate = np.array([memory, memory, memory, memory, of.eager, of.optimizer, memory])[kinds.astype(int)]
+        each = np.maximum(operations / (flops * efficiency), moved / (bandwidth * rate))
         return max(float(each @ times), float(times.sum()) * calibration.launch)
 
 
 @dataclass(frozen=True)
-class Step:
-    """The kernels of a step on one device, and the bytes of each layer's collectives (the root's come last).
+class MicroBatch:
+    """Kernels of a micro batch on one device, and the bytes of each layer's collectives (the root's come last).
 
     Attributes:
-        forward: Of every layer for one micro batch, and of what lies around them.
+        times: Micro batches of a step that are like it.
+        forward: Of every layer, and of what lies around them.
         backward: Likewise.
-        rest: After the last micro batch.
         gathered: Bytes of the weights that are gathered before a layer is computed, in forward and in backward.
         reduced: Bytes of the gradients that are reduced after backward.
-        micro_batches: Of the step.
     """
 
+    times: int
     forward: list[Kernels]
     backward: list[Kernels]
-    rest: Kernels
     gathered: list[tuple[int, int]]
     reduced: list[int]
-    micro_batches: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """The kernels of a step on one device: of its micro batches that differ, and after the last one."""
+
+    micro_batches: list[MicroBatch]
+    rest: Kernels
 
 
 def step_of(setup: Setup, traces: Traces, micro_batch: int) -> Step:
     """What a step of a run consists of."""
-    parallel, count = setup.parallel, setup.micro_batches(micro_batch)
-    fsdp, shards = parallel.fsdp is not False, setup.degrees["shard"]
-    wide = setup.master_dtype.itemsize
-    groups = [*traces.layer_weights, traces.root_weights]
-    traced: list[Any] = [*traces.layers, traces.root]
+    fsdp, groups = setup.parallel.fsdp is not False, [*traces.layer_weights, traces.root_weights]
+    trained = [weight for weights in groups for weight in weights if weight.trained]
+    elements = [weight.elements(setup.degrees["shard"] if fsdp else 1) for weight in trained]
+    if fsdp:
+        micro_batches = [_sharded(setup, traces, each, micro_batch) for each in passes(setup, micro_batch)]
+    else:
+        micro_batches = [_whole(setup, traces, micro_batch)]
+    return Step(micro_batches, Kernels(_optimizer(setup, elements)))
+
+
+def _whole(setup: Setup, traces: Traces, micro_batch: int) -> MicroBatch:
+    """Of a device that holds all."""
+    count, forward, backward = setup.micro_batches(micro_batch), [], []
+    for weights, each in _groups(traces):
+        of_root = each is traces.root
+        forward.append(Kernels(each.forward_work))
+        backward.append(Kernels(each.backward_work) + Kernels(_accumulate(setup, weights, count, of_root)))
+    nothing = [0] * len(forward)
+    return MicroBatch(count, forward, backward, [(0, 0)] * len(forward), nothing)
+
+
+def _sharded(setup: Setup, traces: Traces, which: Pass, micro_batch: int) -> MicroBatch:
+    """Of a device under FSDP2."""
+    shards, wide = setup.degrees["shard"], setup.master_dtype.itemsize
+    count = setup.micro_batches(micro_batch)
     forward, backward, gathered, reduced = [], [], [], []
-    for index, (weights, each) in enumerate(zip(groups, traced, strict=True)):
-        of_root = index == len(groups) - 1
-        stays = parallel.reshard_after_forward == "never" or of_root
-        to_gather, to_reduce = _gather(weights, shards, wide), _reduce(weights, shards, wide, count)
+    for weights, each in _groups(traces):
+        again = which.gathers and setup.parallel.reshard_after_forward != "never" and each is not traces.root
+        to_gather, whole = _gather(weights, shards, wide), 0
         first, second = Kernels(each.forward_work), Kernels(each.backward_work)
-        if fsdp:
+        if which.gathers:
             first += Kernels(to_gather)
-            second += Kernels((() if stays else to_gather) + to_reduce)
-        else:
-            second += Kernels(_accumulate(setup, weights, count, of_root))
+            whole = sum(weight.elements(shards) * shards * weight.itemsize for weight in weights)
+        second += Kernels(to_gather if again else ())
+        second += Kernels(_reduce(weights, shards, wide, which, count))
         forward.append(first)
         backward.append(second)
-        whole = sum(weight.elements(shards) * shards * weight.itemsize for weight in weights) if fsdp else 0
-        gathered.append((whole, 0 if stays else whole))
+        gathered.append((whole, whole if again else 0))
         trained = sum(weight.elements(shards) * shards for weight in weights if weight.trained)
-        reduced.append(trained * wide if fsdp else 0)
-    trained = [weight for weights in groups for weight in weights if weight.trained]
-    elements = [weight.elements(shards if fsdp else 1) for weight in trained]
-    return Step(forward, backward, Kernels(_optimizer(setup, elements)), gathered, reduced, count)
+        reduced.append(trained * wide if which.reduces else 0)
+    return MicroBatch(which.times, forward, backward, gathered, reduced)
+
+
+def _groups(traces: Traces) -> Iterable[tuple[Sequence[Weight], Any]]:
+    """Weights and traces of every layer, and of the root."""
+    return zip([*traces.layer_weights, traces.root_weights], [*traces.layers, traces.root], strict=True)
 
 
 def whole(step: Step) -> Kernels:
     """All kernels of a step."""
     result = step.rest
-    for kernels in (*step.forward, *step.backward):
-        result += kernels.repeated(step.micro_batches)
+    for each in step.micro_batches:
+        for kernels in (*each.forward, *each.backward):
+            result += kernels.repeated(each.times)
     return result.merged()
 
 
 def _gather(weights: Sequence[Weight], shards: int, wide: int) -> Work:
-    """Casting a shard, and copying what was gathered to where it is used."""
+    """Casting a shard, copying it into the buffer, and copying what was gathered to where it is used."""
     shard = sum(weight.elements(shards) for weight in weights)
     itemsize = max((weight.itemsize for weight in weights), default=2)
     cast = shard * (wide + itemsize) if wide != itemsize else 0
-    return (("memory", 0, cast), ("memory", 0, 2 * shard * shards * itemsize))
+    copied = shard * (shards + 1 if shards > 1 else 1) * 2 * itemsize
+    return (("eager", 0, cast), ("eager", 0, copied))
 
 
-def _reduce(weights: Sequence[Weight], shards: int, wide: int, count: int) -> Work:
-    """Copying gradients into a buffer of the masters' dtype, and adding what comes back."""
+def _reduce(weights: Sequence[Weight], shards: int, wide: int, which: Pass, count: int) -> Work:
+    """Making sums of gradients or adding to them, copying gradients or sums into a buffer of the masters' dtype, and
+    adding what comes back to what earlier ones of `count` micro batches left."""
     trained = [weight for weight in weights if weight.trained]
     shard = sum(weight.elements(shards) for weight in trained)
-    itemsize = max((weight.itemsize for weight in trained), default=2)
-    moved = shard * shards * (itemsize + wide) + (2 * shard * wide if shards == 1 else 0)
-    return (("memory", 0, moved), ("memory", 0, 3 * shard * wide if count > 1 else 0))
+    whole, itemsize = shard * shards, max((weight.itemsize for weight in trained), default=2)
+    summed = which.sums or which.adds
+    moved = []
+    if which.sums and itemsize != wide:
+        moved.append(whole * (itemsize + wide))
+    if which.adds:
+        moved.append(whole * (itemsize + 2 * wide))
+    if which.reduces:
+        moved.append(whole * ((wide if summed else itemsize) + wide) + (2 * shard * wide if shards == 1 else 0))
+        moved.append(0 if summed else 3 * shard * wide * (count - 1) / count)
+    return tuple(("eager", 0, size) for size in moved)
 
 
 def _accumulate(setup: Setup, weights: Sequence[Weight], count: int, of_root: bool) -> Work:
@@ -180,9 +231,9 @@ def _accumulate(setup: Setup, weights: Sequence[Weight], count: int, of_root: bo
             continue
         size = weight.elements(1)
         if setup.has_split_masters:
-            found.append(("memory", 0, size * (weight.itemsize + 2 * wide)))
+            found.append(("eager", 0, size * (weight.itemsize + 2 * wide)))
         elif count > 1:
-            found.append(("memory", 0, size * 3 * wide))
+            found.append(("eager", 0, size * 3 * wide))
     return tuple(found)
 
 
@@ -190,7 +241,7 @@ def _optimizer(setup: Setup, elements: Sequence[int]) -> Work:
     """The norm of the gradients; AdamW, which reads masters, gradients and moments, and writes all but gradients."""
     wide = setup.master_dtype.itemsize
     scaled = 0 if setup.has_split_masters else 2 * wide  # gradients are clipped in a pass of their own
-    return tuple(("memory", 0, size * (wide + scaled + 7 * wide)) for size in elements)
+    return tuple(("optimizer", 0, size * (wide + scaled + 7 * wide)) for size in elements)
 
 
 def step_time(setup: Setup, step: Step, cluster: Cluster, calibration: Calibration) -> StepTime | None:
@@ -198,17 +249,48 @@ def step_time(setup: Setup, step: Step, cluster: Cluster, calibration: Calibrati
     flops, bandwidth = cluster.gpu.flops(setup.dtype), cluster.gpu.bandwidth
     if flops is None or bandwidth is None or waits_for_host(setup):
         return None
-    forward = [kernels.seconds(flops, bandwidth, calibration) for kernels in step.forward]
-    backward = [kernels.seconds(flops, bandwidth, calibration) for kernels in step.backward]
-    waits = 0.0
-    for computed, (first, _) in zip(forward, step.gathered, strict=True):
-        waits += max(0.0, _gathering(setup, cluster, calibration, first) - computed)
-    for computed, (_, second), reduced in zip(backward, step.gathered, step.reduced, strict=True):
-        taken = _gathering(setup, cluster, calibration, second) + _reducing(setup, cluster, calibration, reduced)
-        waits += max(0.0, taken - computed)
-    rest = step.rest.seconds(flops, bandwidth, calibration)
-    count = step.micro_batches
-    return StepTime(count * sum(forward), count * sum(backward), rest, count * waits)
+    forward = backward = communication = 0.0
+    for each in step.micro_batches:
+        ahead = [kernels.seconds(flops, bandwidth, calibration) for kernels in each.forward]
+        back = [kernels.seconds(flops, bandwidth, calibration) for kernels in each.backward]
+        first = [_gathering(setup, cluster, calibration, size) for size, _ in each.gathered]
+        second = [_gathering(setup, cluster, calibration, size) for _, size in each.gathered]
+        reduced = [_reducing(setup, cluster, calibration, size) for size in each.reduced]
+        forward += each.times * sum(ahead)
+        backward += each.times * sum(back)
+        communication += each.times * _waits(ahead, back, first, second, reduced)
+    return StepTime(forward, backward, step.rest.seconds(flops, bandwidth, calibration), communication)
+
+
+def _waits(
+    ahead: Sequence[float],
+    back: Sequence[float],
+    first: Sequence[float],
+    second: Sequence[float],
+    reduced: Sequence[float],
+) -> float:
+    """Seconds of a micro batch's collectives that no computation runs beside.
+
+    A layer's weights are gathered while the layer before it is computed, in forward and in backward; its gradients are
+    reduced while the next one is. Nothing is computed beside the root's and the first layer's.
+
+    Args:
+        ahead: Seconds of the forward pass of every layer, and of what lies around them, the root's.
+        back: Of the backward pass.
+        first: Of gathering weights for forward.
+        second: Of gathering them again for backward.
+        reduced: Of reducing gradients.
+    """
+    layers = len(ahead) - 1
+    waits = first[-1] + sum(first[:1]) + reduced[-1] + sum(reduced[:1])
+    for index in range(1, layers):
+        waits += max(0.0, first[index] - ahead[index - 1])
+    waits += max(0.0, second[layers - 1] - back[-1])
+    for index in range(layers):
+        before = second[index - 1] if index > 0 else 0.0
+        after = reduced[index + 1] if index + 1 < layers else 0.0
+        waits += max(0.0, before + after - back[index])
+    return waits
 
 
 def waits_for_host(setup: Setup) -> bool:
@@ -241,12 +323,12 @@ def _ring(members: int, apart: int, cluster: Cluster, calibration: Calibration, 
     if members == 1 or size == 0:
         return 0.0
     link = cluster.gpu.link or math.inf
-    seconds = size * (members - 1) / members / (link * calibration.network)
+    seconds = size * (members - 1) / members / (link * calibration.link)
     hosts = -(-members * apart // cluster.per_host) if members * apart > cluster.per_host else 1
     if hosts > 1 and cluster.network:
         rings = min(apart, cluster.per_host)
         seconds = max(seconds, rings * size * (hosts - 1) / hosts / (cluster.network * calibration.network))
-    return seconds
+    return seconds + _COLLECTIVE + (members - hosts) * _LINK_STEP + (hosts - 1) * _NETWORK_STEP
 
 
 @dataclass(frozen=True)
@@ -265,7 +347,7 @@ def fit(observations: Sequence[Observation], start: Calibration) -> Calibration:
     They are held to `start` with the weight of a small part of an observation, so that what the observations do not
     tell stays as it is.
     """
-    names = ("matrix", "attention", "varlen", "memory", "launch")
+    names = EFFICIENCIES
     point = np.log([getattr(start, name) for name in names])
     origin = point.copy()
 
@@ -278,7 +360,7 @@ def fit(observations: Sequence[Observation], start: Calibration) -> Calibration:
         return float(np.sum(np.square(errors)) + 0.003 * np.sum(np.square(values - origin)))
 
     width, best = 0.5, cost(point)
-    while width > 1e-4:  # a pattern search: four numbers, and a function that is cheap
+    while width > 1e-4:  # a pattern search: few numbers, and a function that is cheap
         moved = False
         for axis in range(len(names)):
             for sign in (1, -1):
@@ -295,7 +377,7 @@ def scaled(start: Calibration, observations: Sequence[Observation]) -> Calibrati
     """The efficiencies of `start` times the one factor at which they explain measured durations best."""
 
     def with_factor(factor: float) -> Calibration:
-        rates = {name: getattr(start, name) * factor for name in ("matrix", "attention", "varlen", "memory")}
+        rates = {name: getattr(start, name) * factor for name in EFFICIENCIES}
         return replace(start, **rates, launch=start.launch / factor)
 
     errors = [math.log(o.kernels.seconds(o.flops, o.bandwidth, start) / o.seconds) for o in observations]

@@ -66,10 +66,11 @@ def measure(
 
     `waiting` are the sums of `Exchange.waiting`.
     """
-    parameters = list(model.parameters())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]  # also where FSDP2 has gathered them
     low_bits = [master.low for p in parameters if (master := masters.of(p))]
-    weights = _bytes([*parameters, *low_bits, *model.buffers()], device)
-    trained = _bytes([*(p for p in parameters if p.requires_grad), *low_bits], device)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    weights = _bytes([*parameters, *frozen, *low_bits, *model.buffers()], device)
+    trained = _bytes([*parameters, *low_bits], device)
     sums = [held.total for held in optimizer.sums.values()] if isinstance(optimizer, MasterAdamW) else []
     gradients = _bytes([*sums, *waiting, *(p.grad for p in parameters if p.grad is not None)], device)
     moments = _bytes((value for state in optimizer.state.values() for value in state.values()), device)
@@ -96,16 +97,16 @@ def changes(config: TrainingRun, memory: Memory, world_size: int) -> list[Change
     """
     parallel, found = config.parallel, []
     of_batch = memory.activations + memory.logits
+    shard = parallel.shard_degree or world_size // (parallel.replicate_degree or 1)
+    if memory.waiting:
+        saved = memory.waiting - memory.waiting // shard
+        found.append(Change("parallel.sync_each_micro_batch true", saved, "more communication"))
     micro_batch, length = config.train.micro_batch_size, config.data.sequence_length
     if micro_batch > 1:
         smaller = next(size for size in range(micro_batch // 2, 0, -1) if micro_batch % size == 0)
         saved = of_batch - of_batch * smaller // micro_batch
         found.append(Change(f"train.micro_batch_size {smaller}", saved, "more, smaller matrix products"))
-    shard = parallel.shard_degree or world_size // (parallel.replicate_degree or 1)
     of_shards = memory.weights + max(memory.gradients - memory.waiting, memory.trained) + memory.moments
-    if memory.waiting:
-        saved = memory.waiting - memory.waiting // shard
-        found.append(Change("parallel.sync_each_micro_batch true", saved, "more communication"))
     if shard < world_size:
         saved = of_shards * (world_size - shard)
         setting = f"parallel.shard_degree {world_size}, parallel.replicate_degree 1"
