@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,8 @@ from tsumugu.launch.slurm import for_preparation, job_script
 from tsumugu.training import checkpoint
 from tsumugu.training.metrics import read_metrics
 
-STEPS = 80
+RECIPES = Path(__file__).parents[1] / "recipes"
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     write_store(folder / "store", random_documents(200, seed=3))
     tiny_config("gpt_neox", tied=False).save_pretrained(folder / "model")
-    changes = {"model.config": str(folder / "model"), "train.max_steps": STEPS, "train.global_batch_size": 4}
+    changes = {"model.config": str(folder / "model"), "train.max_steps": 80, "train.global_batch_size": 4}
     config.write(run_config(folder / "store", changes), folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
@@ -55,6 +57,27 @@ def stand_in(folder: Path, name: str, does: str) -> None:
     path = folder / name
     path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {folder}/{name}.called\n{does}\n')
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """A folder in which the recipes of the quickstart find its tokenizer and its store."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        corpus = Path("quickstart/corpus/japanese.jsonl")
+        corpus.parent.mkdir(parents=True)
+        shutil.copy(resources.files("tsumugu") / "sample" / "japanese.jsonl", corpus)
+        tokenizer = ["--input", str(corpus), "--output", "quickstart/tokenizer", "--vocab-size", "4000"]
+        assert main(["tokenizer", "train", *tokenizer]) == 0
+        assert main(["prepare", "--config", str(RECIPES / "quickstart-prepare.yaml"), "--prepare.workers=1"]) == 0
+    return folder
+
+
+def pretrain(run_dir: Path, *flags: str) -> int:
+    """`launch slurm` of the quickstart's recipe, in fewer and shorter steps."""
+    shorter = ["--train.max_epochs=null", f"--train.max_steps={STEPS}", "--data.sequence_length=32"]
+    return launch(RECIPES / "quickstart-pretrain.yaml", run_dir, *shorter, "--train.log_every=1", *flags)
 
 
 def launch(recipe: Path, run_dir: Path, *flags: str) -> int:
@@ -96,6 +119,13 @@ def test_a_dry_run_prints_the_script_of_flags_and_site(recipe, tmp_path, capsys)
     assert "\nmodule load cuda\nsource /fsx/venv/bin/activate\n" in script
     assert " --auto-resume=1 " in script
     assert not (tmp_path / "run").exists()
+
+
+def test_a_time_without_quotes_is_a_time(recipe, tmp_path, capsys):
+    """YAML 1.1 takes it for a number of seconds, in base 60."""
+    (tmp_path / "site.yaml").write_text("slurm:\n  time: 24:00:00\n  options: {begin: 16:00}\n")
+    assert launch(recipe, tmp_path / "run", "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    assert {"--time=24:00:00", "--begin=16:00"} <= set(directives(capsys.readouterr().out))
 
 
 def test_the_container_of_a_site():
@@ -170,6 +200,7 @@ def test_a_preparation_takes_from_the_site_what_it_has_not_itself():
         (["--stage", "prepare"], "--nodes goes with --stage train"),
         (["--train.max_stepz", "3"], "did you mean --train.max_steps"),
         (["--data.store", "missing"], "missing"),
+        (["--tokenizer.path", "https://me:word@host/t"], "tokenizer.path holds what looks like a credential"),
     ],
 )
 def test_wrong_input_is_refused_in_a_line(flags, says, recipe, tmp_path, capsys, monkeypatch):
@@ -280,10 +311,13 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(cluster, recipe, tmp_path, capsys):
+def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(
+    cluster, quickstart, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(quickstart)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "it's #1 $HOME"
     for run_dir in (undisturbed, stopped):
-        assert launch(recipe, run_dir, "--time", "1:00:00") == 0
+        assert pretrain(run_dir, "--time", "1:00:00") == 0
     first, second = job(undisturbed), job(stopped)
     until(lambda: len(read_metrics(stopped)) > 5)  # by then the first one has left the node
     assert shown(first)["JobState"] == "COMPLETED"
@@ -305,18 +339,18 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(cl
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     capsys.readouterr()
-    assert launch(recipe, stopped) == 0
+    assert pretrain(stopped) == 0
     assert f"already done, {STEPS} steps" in capsys.readouterr().out
 
 
-def test_what_is_wrong_on_the_node_ends_the_job(cluster, recipe, tmp_path):
+def test_what_is_wrong_on_the_node_ends_the_job(cluster, quickstart, tmp_path):
     """As a store that the nodes do not see; the login node saw it."""
     store = tmp_path / "store"
-    shutil.copytree(recipe.parent / "store", store)
+    shutil.copytree(quickstart / "quickstart" / "store", store)
     site = tmp_path / "site.yaml"
     setup = f"export PATH={Path(sys.executable).parent}:$PATH\nrm -r {store}"
     site.write_text(yaml.safe_dump({"slurm": {"setup": setup}}))
-    assert launch(recipe, tmp_path / "run", "--data.store", str(store), "--site", str(site)) == 0
+    assert pretrain(tmp_path / "run", "--data.store", str(store), "--site", str(site)) == 0
     until(lambda: ended(job(tmp_path / "run"), "FAILED"))
     assert shown(job(tmp_path / "run"))["ExitCode"] == "2:0"
     said = (tmp_path / "run" / "logs" / "rank-0.log").read_text()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ import yaml
 from botocore.exceptions import ClientError
 from safetensors.torch import load_file
 from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
-from support.containers import write_data
+from support.containers import no_network, write_data
 from support.runs import figures
 
 from tsumugu.cli import main
@@ -75,6 +76,13 @@ def wheels(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def network() -> Iterator[list[str]]:
+    """In which jobs run: their hosts reach one another and nothing else, where the kernel allows that."""
+    with no_network() as entering:
+        yield entering
+
+
 @pytest.fixture
 def aws(s3, monkeypatch, tmp_path):
     """The environment of a user, whose SageMaker is yet to be named."""
@@ -116,15 +124,27 @@ def saved(bucket: Bucket, run: str) -> list[int]:
     return sorted(int(at.split("/")[1].removeprefix("step-")) for at in whole)
 
 
+def test_jobs_run_without_a_network(s3, network):
+    """So that the tests of whole jobs prove that they need none."""
+    if not network:
+        pytest.skip("the kernel allows no network namespace here, or util-linux and iproute2 are not installed")
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+    host, port = s3.removeprefix("http://").split(":")
+    assert subprocess.run([sys.executable, "-c", connect, host, port], check=False).returncode == 0
+    for place, says in (([host, port], "Connection refused"), (["192.0.2.1", "443"], "Network is unreachable")):
+        command = [*network, sys.executable, "-c", connect, *place]
+        assert says in subprocess.run(command, check=False, capture_output=True, text=True).stderr
+
+
 def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
-    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+    recipe, image, wheels, aws, network, tmp_path, monkeypatch, capsys
 ):
     local = tmp_path / "local"
     straight = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tsumugu"]
     straight += ["train", f"--config={recipe}", f"--run-dir={local}", f"--channel=data={recipe.parent / 'data'}"]
     reference = subprocess.Popen(straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main([*launch, "--detach"]) == 0
         [first] = service.jobs.values()
@@ -335,6 +355,12 @@ def test_how_a_job_stands(service, recipe, short, line, capsys):
     assert main([*flags(short, run_name="standing", wheels="none"), "--detach"]) == 0
     [job] = service.jobs.values()
     assert main(["launch", "sagemaker", "status", job.name]) == 0
+    capsys.readouterr()
+    assert main(["launch", "sagemaker", "stop", job.name, "--dry-run"]) == 0
+    assert "would be asked to stop; it has two minutes to save" in capsys.readouterr().out
+    assert not job.stopping.is_set()
+    assert main(["launch", "sagemaker", "stop", job.name]) == 0
+    assert job.stopping.is_set()
     assert "made nothing to download" in line(["launch", "sagemaker", "download", job.name])
     job.status, job.reason = "Failed", "AlgorithmError: no space left"
     capsys.readouterr()
@@ -360,8 +386,8 @@ def test_when_the_log_can_no_longer_be_read_it_says_that_the_job_goes_on(service
     assert said.endswith(f"(log in again; the job goes on: tsumugu launch sagemaker logs {job.name})")
 
 
-def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypatch):
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+def test_an_image_that_lacks_more_says_so(recipe, image, aws, network, tmp_path, monkeypatch):
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main(flags(recipe, run_name="lacking", wheels="none", instance_count="1")) == 1
         [job] = service.jobs.values()
@@ -370,7 +396,7 @@ def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypa
 
 
 def test_a_processing_job_makes_the_store_that_prepare_makes_here(
-    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+    recipe, image, wheels, aws, network, tmp_path, monkeypatch, capsys
 ):
     local = recipe.parent / "data" / "store"
     bucket = Bucket(aws)
@@ -382,7 +408,7 @@ def test_a_processing_job_makes_the_store_that_prepare_makes_here(
     changes = {"run_name": "store", "wheels": str(wheels), "instance_count": "1", "stage": "prepare"}
     launch = flags(tmp_path / "prepare.yaml", channel="text=s3://bucket/text", **changes)
     launch += ["--channel=tokenizer=s3://bucket/tokenizer", "--prepare.workers=1"]
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main(launch) == 0
         [name] = service.jobs

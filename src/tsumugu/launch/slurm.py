@@ -54,8 +54,9 @@ def launch(
 
     Raises:
         UserError: Degrees that do not go with the number of processes, a time limit that leaves no time, a job of this
-            run that is still there, no sbatch, or one that refuses.
+            run that is still there, no sbatch, or one that refuses; a credential, which would not be written.
     """
+    _refuse_credentials(config)
     run_dir = run_dir.absolute()
     count = processes_per_node or site.processes_per_node
     if count is None:
@@ -187,6 +188,18 @@ def for_preparation(config: PrepareConfig, site: SlurmSiteConfig, time: str | No
         options=account | site.options | own.options,
     )
     return dataclasses.replace(config, executor="slurm", slurm=slurm)
+
+
+def _refuse_credentials(config: TrainingRun) -> None:
+    """Refuses a recipe that holds a credential: `config.write` leaves it out, and the job would fail without it."""
+    content = dataclasses.asdict(config)
+    for name, section in content.items():
+        for key, value in section.items():
+            if configuration.redacted(value) != value:
+                raise UserError(
+                    f"{name}.{key} holds what looks like a credential, which is not written to the run folder",
+                    "leave it out: the job has the environment in which you submit it, such as HF_TOKEN",
+                )
 
 
 def _quoted_option(name: str, value: object) -> str:
