@@ -77,7 +77,8 @@ def quickstart(tmp_path_factory) -> Path:
 def pretrain(run_dir: Path, *flags: str) -> int:
     """`launch slurm` of the quickstart's recipe, in fewer and shorter steps."""
     shorter = ["--train.max_epochs=null", f"--train.max_steps={STEPS}", "--data.sequence_length=32"]
-    return launch(RECIPES / "quickstart-pretrain.yaml", run_dir, *shorter, "--train.log_every=1", *flags)
+    shorter += ["--train.global_batch_size=4", "--train.micro_batch_size=2", "--train.log_every=1"]
+    return launch(RECIPES / "quickstart-pretrain.yaml", run_dir, *shorter, *flags)
 
 
 def launch(recipe: Path, run_dir: Path, *flags: str) -> int:
@@ -99,6 +100,7 @@ def test_a_dry_run_prints_the_script_of_flags_and_site(recipe, tmp_path, capsys)
     slurm |= {"setup": "module load cuda\nsource /fsx/venv/bin/activate", "options": {"gres": "gpu:8"}}
     site.write_text(yaml.safe_dump({"slurm": slurm}))
     flags = ["--site", str(site), "--nodes", "4", "--time", "2-00:00:00", "--processes-per-node", "4", "--dry-run"]
+    flags += ["--train.global_batch_size", "16"]
     assert launch(recipe, tmp_path / "run", *flags) == 0
     script = capsys.readouterr().out
     assert directives(script) == [
@@ -195,6 +197,7 @@ def test_a_preparation_takes_from_the_site_what_it_has_not_itself():
     [
         (["--time", "5x"], "the time limit 5x is none"),
         (["--nodes", "3", "--parallel.shard_degree", "4"], "parallel.shard_degree 4"),
+        (["--train.global_batch_size", "3"], "train.global_batch_size 3 is not a multiple"),
         (["--run-dir", "a%j"], "'%' in the path of a log"),
         (["--site", "missing.yaml"], "missing.yaml: no such file"),
         (["--stage", "prepare"], "--nodes goes with --stage train"),

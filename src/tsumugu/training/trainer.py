@@ -46,6 +46,7 @@ from tsumugu.tokenizer.contract import Contract, copy_tokenizer, new_rows, read_
 from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.isolation import crossing
+from tsumugu.training.lock import locked
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib, read_metrics
 from tsumugu.training.optimizer import LossScale, MasterAdamW, build_optimizer, clip_gradients, take_step
@@ -77,11 +78,12 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     Every process of a torchrun job calls it; without torchrun this is the only process.
 
     Raises:
-        UserError: A configuration, store, model or checkpoint that cannot be used, a full disk, or too little memory.
+        UserError: A configuration, store, model or checkpoint that cannot be used, a run folder that another run
+            trains into, a full disk, or too little memory.
     """
     hang_timeout = config.train.hang_timeout
     try:
-        with process_group(group_timeout(hang_timeout)) as environment, stop_requests() as request:
+        with process_group(group_timeout(hang_timeout)) as environment, locked(run_dir), stop_requests() as request:
             watchdog = Watchdog(hang_timeout, environment.rank)
             with watchdog.watching(), _memory_explained(config, environment):
                 trainer = Trainer(config, run_dir, environment, watchdog)
