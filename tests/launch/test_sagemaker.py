@@ -23,16 +23,20 @@ from botocore.exceptions import ClientError
 from safetensors.torch import load_file
 from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
 from support.containers import no_network, write_data
+from support.ranks import run_ranks
 from support.runs import figures
 
+from tsumugu import config
 from tsumugu.cli import main
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.launch.sagemaker import command
 from tsumugu.launch.sagemaker import service as service_module
 from tsumugu.training.checkpoint import complete_steps
+from tsumugu.training.trainer import train
 
 ROLE = "arn:aws:iam::123456789012:role/tsumugu"
+STEPS = 180
 IMAGE = f"123456789012.dkr.ecr.{REGION}.amazonaws.com/tsumugu:1"
 
 
@@ -54,10 +58,11 @@ def s3():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
-    """A recipe of 240 steps, whose channel `data` lies in the bucket too."""
+    """A recipe of STEPS steps, whose channel `data` lies in the bucket too."""
     path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
     content = yaml.safe_load(path.read_text())
-    content["train"]["max_steps"], content["checkpoint"] = 240, {"every": 10, "keep": 4}
+    content["train"]["max_steps"], content["checkpoint"] = STEPS, {"every": 10, "keep": 4}
+    content["evaluate"] = {"every": 50}
     path.write_text(yaml.safe_dump(content))
     Bucket(s3).put(path.parent / "data", "s3://bucket/data")
     return path
@@ -139,10 +144,6 @@ def test_jobs_run_without_a_network(s3, network):
 def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
     recipe, image, wheels, aws, network, tmp_path, monkeypatch, capsys
 ):
-    local = tmp_path / "local"
-    straight = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tsumugu"]
-    straight += ["train", f"--config={recipe}", f"--run-dir={local}", f"--channel=data={recipe.parent / 'data'}"]
-    reference = subprocess.Popen(straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
     with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
@@ -157,7 +158,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert "127.0.0.1| " in said, said
         assert "interrupted, checkpoint saved at step" in said
         stopped_at = saved(bucket, "night")[-1]
-        assert stopped_at < 220
+        assert stopped_at < STEPS - 20
         assert not bucket.keys(first.model)
 
         time.sleep(1.1)  # jobs are named by the second
@@ -166,8 +167,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         launching.start()
         wait_for(lambda: len(service.jobs) == 2)
         second = list(service.jobs.values())[1]
-        wait_for(lambda: saved(bucket, "night")[-1] >= stopped_at + 10 or second.status != "InProgress")
-        second.interrupting.set()
+        second.interrupt_at = stopped_at + 10
         launching.join(timeout=300)
         assert codes == [0]
         assert (second.status, second.attempts) == ("Completed", 2)
@@ -180,14 +180,18 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert f"  model {second.model}\n" in said
         for name, target in (("--output", "model"), ("--run-dir", "run")):
             assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
-    assert reference.wait(timeout=200) == 0
-    assert figures(tmp_path / "run") == figures(local)
-    assert complete_steps(tmp_path / "run")[-1] == 240
-    export(str(local), tmp_path / "exported")
+    run_ranks(undisturbed, 2, recipe, tmp_path / "local")
+    assert figures(tmp_path / "run") == figures(tmp_path / "local")
+    assert complete_steps(tmp_path / "run")[-1] == STEPS
+    export(str(tmp_path / "local"), tmp_path / "exported")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
     assert json.loads((tmp_path / "model" / "certificate.json").read_text())["verified"]
+
+
+def undisturbed(recipe: Path, run_dir: Path) -> None:
+    train(config.load(config.TrainingRun, [str(recipe)], channels={"data": str(recipe.parent / "data")}), run_dir)
 
 
 def figures_of(bucket: Bucket, run: str, folder: Path) -> list[dict]:

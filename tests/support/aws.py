@@ -178,7 +178,8 @@ class _Job:
         self.status, self.secondary, self.reason, self.attempts = "InProgress", "Starting", "", 0
         self.metrics: dict[str, float] = {}
         self.started = time.time()
-        self.stopping, self.interrupting = threading.Event(), threading.Event()
+        self.stopping = threading.Event()
+        self.interrupt_at: int | None = None  # the step whose checkpoint is in S3 when the hosts are taken away
 
     @property
     def name(self) -> str:
@@ -212,10 +213,11 @@ class _Job:
         processes = [self._start(root, request["AlgorithmSpecification"], port) for root in roots]
         asked_at = None
         while any(process.poll() is None for process in processes):
+            marked = [int(path.parent.name[5:]) for path in roots[-1].glob("checkpoints/checkpoints/step-*/COMPLETE")]
             for copy in copies:
                 copy.copy()
-            if self.interrupting.is_set():
-                self.interrupting.clear()
+            if self.interrupt_at is not None and max(marked, default=0) >= self.interrupt_at:
+                self.interrupt_at = None
                 for process in processes:
                     _kill(process)
                 return False
