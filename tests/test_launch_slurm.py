@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from support import slurm as support
 from support.models import tiny_config
+from support.ranks import run_ranks
 from support.runs import figures, run_config
 from support.stores import random_documents, write_store
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,9 +30,10 @@ from tsumugu.errors import UserError
 from tsumugu.launch.slurm import for_preparation, job_script
 from tsumugu.training import checkpoint
 from tsumugu.training.metrics import read_metrics
+from tsumugu.training.trainer import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -314,26 +316,30 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def train_here(folder: Path, recipe: Path, run_dir: Path) -> None:
+    os.chdir(folder)
+    train(config.load(config.TrainingRun, [str(recipe)]), run_dir)
+
+
 def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(
     cluster, quickstart, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(quickstart)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "it's #1 $HOME"
-    for run_dir in (undisturbed, stopped):
-        assert pretrain(run_dir, "--time", "1:00:00") == 0
-    first, second = job(undisturbed), job(stopped)
-    until(lambda: len(read_metrics(stopped)) > 5)  # by then the first one has left the node
-    assert shown(first)["JobState"] == "COMPLETED"
+    assert pretrain(stopped, "--time", "1:00:00") == 0
+    number = job(stopped)
+    until(lambda: len(read_metrics(stopped)) > 5)
     # what --signal does in time for the limit: SIGTERM to the tasks
-    subprocess.run(["scancel", "--signal=TERM", second], check=True)
-    until(lambda: shown(second)["Restarts"] == "1")
+    subprocess.run(["scancel", "--signal=TERM", number], check=True)
+    until(lambda: shown(number)["Restarts"] == "1")
     [saved] = checkpoint.complete_steps(stopped)
     assert saved < STEPS
-    until(lambda: shown(second)["JobState"] == "PENDING")
+    until(lambda: shown(number)["JobState"] == "PENDING")
     # Slurm itself waits for two minutes; a node refuses a job that it was told to end within the same second
-    subprocess.run(["scontrol", "update", f"JobId={second}", "StartTime=now+3"], check=True)
-    until(lambda: ended(second, "COMPLETED"))
-    log = (stopped / "logs" / f"slurm-{second}.log").read_text()
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], check=True)
+    until(lambda: ended(number, "COMPLETED"))
+    run_ranks(train_here, 2, quickstart, stopped / "slurm" / "config.yaml", undisturbed)
+    log = (stopped / "logs" / f"slurm-{number}.log").read_text()
     assert log.index("start 1 on localhost") < log.index("exit code 3") < log.index("start 2 on localhost")
     assert "interrupted, checkpoint saved at step" in (stopped / "logs" / "rank-0.log").read_text()
     assert (stopped / "logs" / "rank-1.log").exists()
