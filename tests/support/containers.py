@@ -40,8 +40,8 @@ def no_network() -> Iterator[list[str]]:
     """A network namespace with a loopback of its own and nothing else, which its processes share.
 
     Yields:
-        The beginning of commands that run in it; nothing where the kernel (or a missing util-linux or iproute2) does not
-        allow it.
+        The beginning of commands that run in it; nothing where the kernel does not allow it, or util-linux or iproute2
+        is missing.
     """
     holding = ["sh", "-c", "PATH=$PATH:/usr/sbin; ip link set lo up && echo up && exec sleep infinity"]
     with_user = (["--map-root-user"], ["--user", "--preserve-credentials"])  # of those who are not root

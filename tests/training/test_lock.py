@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 from support.models import tiny_config
 from support.ranks import run_ranks

@@ -54,8 +54,8 @@ def launch(
         A line that says what was submitted; with submit False the script.
 
     Raises:
-        UserError: Degrees or a batch that do not go with the number of processes, a time limit that leaves no time, a job of this
-            run that is still there, no sbatch, or one that refuses; a credential, which would not be written.
+        UserError: Degrees or a batch that do not go with the number of processes, a time limit that leaves no time, a
+            job of this run that is still there, no sbatch, or one that refuses; a credential, which would not be written.
     """
     _refuse_credentials(config)
     run_dir = run_dir.absolute()
