@@ -55,7 +55,7 @@ def launch(
 
     Raises:
         UserError: Degrees or a batch that do not go with the number of processes, a time limit that leaves no time, a
-            job of this run that is still there, no sbatch, or one that refuses; a credential, which would not be written.
+            job of this run that is still there, no sbatch, or one that refuses, a credential, which would be left out.
     """
     _refuse_credentials(config)
     run_dir = run_dir.absolute()
