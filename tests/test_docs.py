@@ -26,6 +26,29 @@ sharded_data_parallel_degree sdp_reduce_bucket_size sdp_param_persistence_thresh
 sdp_hierarchical_allgather sdp_gradient_clipping processes_per_host custom_mpi_options"""
 
 
+# amazon-sagemaker-examples, training/distributed_training/pytorch/model_parallel: the arguments of the training script
+SAMPLE = """train_batch_size val_batch_size max_steps max_training_steps seed same_seed n_gpus fp16 bf16
+sharded_data_parallel_degree ddp_dist_backend grad_clip weight_decay beta1 beta2 activation_checkpointing logging_freq
+log_param_norms log_reduced_training_loss use_bert_data zipped_data epochs output-data-dir checkpoint-dir model-dir
+training-dir test-dir parallel_proc_data_processing save_final_full_model load_partial load_full logits_output
+prescaled_batch fine_tune model_name max_context_width vocab_size hidden_width intermediate_size num_layers num_heads
+num_heads_kv resid_pdrop embd_pdrop attn_pdrop alibi summary_first_pdrop use_adamw use_distributed_transformer
+checkpoint_sublayers initializer_range tensor_parallel_degree pipeline_parallel_degree microbatches active_microbatches
+optimize activation_strategy shard_optimizer_state offload_activations fast_mode static_mode delayed_param
+same_partition_load attention_in_fp32 residual_addition_in_fp32 placement_strategy activation_loading_horizon
+skip_tracing query_key_layer_scaling fused_softmax flash_attention fused_dropout fused_bias_gelu gradient_accumulation
+model_type rotary_pct rotary_emb_base num_kept_checkpoints checkpoint_freq validation_freq validation_batches
+manual_partition partition_assignment preserve_np_state fast_validation gather_if_shard clean_cache use_fsx
+enable_memory_profiling lr lr_decay_style lr_decay_iters min_lr warmup plateau ci time_to_train throughput loss"""
+# the same for SMP v2 (model_parallel_v2), but for those that the sample's script has too
+SMP_V2_SCRIPT = """fp8 fp8_amax_history_len fp8_amax_compute_algo patch_neox_rope logging_freq_for_avg tensorboard_dir
+checkpoint_dir resume_from_checkpoint checkpoint_type model_dir save_final_model dataset_type data_num_workers data_type
+use_synthetic_data training_dir test_dir hf_pretrained_model_name_or_dir use_smp_flash_attn llama_intermediate_size
+sliding_window num_key_value_heads num_experts_per_tok num_local_experts moe_load_balancing global_token_shuffle
+moe_all_to_all_dispatcher use_smp_implementation moe limit_all_gathers forward_prefetch sharding_strategy
+use_orig_params backward_fetch_policy auto_wrap_policy distributed_backend nccl_test_log profile_nsys framework"""
+
+
 def read(name: str) -> str:
     return (DOCS / f"{name}.md").read_text(encoding="utf-8")
 
@@ -52,11 +75,12 @@ def test_both_languages_have_the_same_rows(name):
 
 
 @pytest.mark.parametrize("name", ["migrating-from-smp", "migrating-from-smp.ja"])
-def test_every_parameter_of_smp_has_a_row(name):
-    page = read(name)
-    chapters = dict(re.findall(r"^## (SMP v[12]).*?$(.*?)(?=^## )", page, re.MULTILINE | re.DOTALL))
-    for chapter, wanted in (("SMP v1", SMP_V1), ("SMP v2", SMP_V2)):
-        assert set(wanted.split()) <= set().union(*parameters(chapters[chapter])), chapter
+def test_every_hyperparameter_of_the_sample_and_parameter_of_smp_has_a_row(name):
+    chapters = re.findall(r"^## .*?(?=^## |\Z)", read(name), re.MULTILINE | re.DOTALL)
+    sample, first, second = (set().union(*parameters(chapter)) for chapter in chapters[:3])
+    assert set(SAMPLE.split()) - sample == set()
+    assert set(SMP_V1.split()) - first == set()
+    assert set(f"{SMP_V2} {SMP_V2_SCRIPT}".split()) - second == set()
 
 
 @pytest.mark.parametrize("name", ["slurm", "slurm.ja"])

@@ -60,26 +60,6 @@ def test_asked_to_stop_it_saves_exits_with_3_and_goes_on(recipe, number):
     assert step == steps_done(run_dir)
 
 
-def test_what_a_rank_says_is_shown_and_kept(recipe):
-    """A failure of one rank alone, which is neither lost nor mixed with what others say."""
-    (recipe.parent / "faulty").mkdir()
-    (recipe.parent / "faulty" / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    print('said by one rank'); print('warned by one rank', file=sys.stderr)\n"
-    )
-    path = f"{recipe.parent / 'faulty'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    process = start(recipe, "--train.max_steps", "2", environment={"PYTHONPATH": path})
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    assert "[rank 1] said by one rank\n" in output
-    assert "[rank 1] warned by one rank\n" in output
-    assert "[rank 0]" not in output
-    [logs] = (recipe.parent / "run" / "logs").glob("*/attempt_0/1")
-    assert (logs / "stdout.log").read_text() == "said by one rank\n"
-    assert "warned by one rank\n" in (logs / "stderr.log").read_text()
-
-
 def test_stopped_before_there_is_a_checkpoint_it_does_not_say_3(recipe):
     process = start(recipe)
     time.sleep(4)  # its children are starting
@@ -89,9 +69,18 @@ def test_stopped_before_there_is_a_checkpoint_it_does_not_say_3(recipe):
     assert (process.returncode == 3) == saved, output
 
 
-def test_a_process_that_is_killed_makes_all_start_again_from_the_newest_checkpoint(recipe):
+def test_a_process_that_is_killed_makes_all_start_again_and_every_start_keeps_what_its_ranks_say(recipe):
+    """From the newest checkpoint; what one rank alone says is neither lost nor mixed with what others say."""
+    (recipe.parent / "faulty").mkdir()
+    (recipe.parent / "faulty" / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    print('said by one rank', flush=True); print('warned by one rank', file=sys.stderr)\n"
+    )
     run_dir = recipe.parent / "run"
-    process = start(recipe, "--max-restarts", "1", "--checkpoint.every", "10", "--train.max_steps", "80")
+    flags = ("--max-restarts", "1", "--checkpoint.every", "10", "--train.max_steps", "80")
+    path = f"{recipe.parent / 'faulty'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    process = start(recipe, *flags, environment={"PYTHONPATH": path})
     deadline = time.monotonic() + 200
     while not complete_steps(run_dir) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -101,6 +90,12 @@ def test_a_process_that_is_killed_makes_all_start_again_from_the_newest_checkpoi
     assert re.search(r"rank [01] ended with signal 9: restart 1 of 1, from step [1-7]0\n", output)
     assert "done, 80 steps" in output
     assert [line["step"] for line in read_metrics(run_dir) if "loss" in line] == [*range(1, 81)]
+    assert output.count("[rank 1] said by one rank\n") == 2
+    assert output.count("[rank 1] warned by one rank\n") == 2
+    assert "[rank 0]" not in output
+    starts = list((run_dir / "logs").glob("*/attempt_0/1"))
+    assert [(logs / "stdout.log").read_text() for logs in starts] == ["said by one rank\n"] * 2
+    assert all("warned by one rank\n" in (logs / "stderr.log").read_text() for logs in starts)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

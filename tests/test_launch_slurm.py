@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from support import slurm as support
 from support.models import tiny_config
+from support.ranks import run_ranks
 from support.runs import figures, run_config
 from support.stores import random_documents, write_store
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -28,8 +30,10 @@ from tsumugu.errors import UserError
 from tsumugu.launch.slurm import for_preparation, job_script
 from tsumugu.training import checkpoint
 from tsumugu.training.metrics import read_metrics
+from tsumugu.training.trainer import train
 
-STEPS = 80
+RECIPES = Path(__file__).parents[1] / "recipes"
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     write_store(folder / "store", random_documents(200, seed=3))
     tiny_config("gpt_neox", tied=False).save_pretrained(folder / "model")
-    changes = {"model.config": str(folder / "model"), "train.max_steps": STEPS, "train.global_batch_size": 4}
+    changes = {"model.config": str(folder / "model"), "train.max_steps": 80, "train.global_batch_size": 4}
     config.write(run_config(folder / "store", changes), folder / "recipe.yaml")
     return folder / "recipe.yaml"
 
@@ -55,6 +59,28 @@ def stand_in(folder: Path, name: str, does: str) -> None:
     path = folder / name
     path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {folder}/{name}.called\n{does}\n')
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> Path:
+    """A folder in which the recipes of the quickstart find its tokenizer and its store."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        corpus = Path("quickstart/corpus/japanese.jsonl")
+        corpus.parent.mkdir(parents=True)
+        shutil.copy(resources.files("tsumugu") / "sample" / "japanese.jsonl", corpus)
+        tokenizer = ["--input", str(corpus), "--output", "quickstart/tokenizer", "--vocab-size", "4000"]
+        assert main(["tokenizer", "train", *tokenizer]) == 0
+        assert main(["prepare", "--config", str(RECIPES / "quickstart-prepare.yaml"), "--prepare.workers=1"]) == 0
+    return folder
+
+
+def pretrain(run_dir: Path, *flags: str) -> int:
+    """`launch slurm` of the quickstart's recipe, in fewer and shorter steps."""
+    shorter = ["--train.max_epochs=null", f"--train.max_steps={STEPS}", "--data.sequence_length=32"]
+    shorter += ["--train.global_batch_size=4", "--train.micro_batch_size=2", "--train.log_every=1"]
+    return launch(RECIPES / "quickstart-pretrain.yaml", run_dir, *shorter, *flags)
 
 
 def launch(recipe: Path, run_dir: Path, *flags: str) -> int:
@@ -76,6 +102,7 @@ def test_a_dry_run_prints_the_script_of_flags_and_site(recipe, tmp_path, capsys)
     slurm |= {"setup": "module load cuda\nsource /fsx/venv/bin/activate", "options": {"gres": "gpu:8"}}
     site.write_text(yaml.safe_dump({"slurm": slurm}))
     flags = ["--site", str(site), "--nodes", "4", "--time", "2-00:00:00", "--processes-per-node", "4", "--dry-run"]
+    flags += ["--train.global_batch_size", "16"]
     assert launch(recipe, tmp_path / "run", *flags) == 0
     script = capsys.readouterr().out
     assert directives(script) == [
@@ -96,6 +123,13 @@ def test_a_dry_run_prints_the_script_of_flags_and_site(recipe, tmp_path, capsys)
     assert "\nmodule load cuda\nsource /fsx/venv/bin/activate\n" in script
     assert " --auto-resume=1 " in script
     assert not (tmp_path / "run").exists()
+
+
+def test_a_time_without_quotes_is_a_time(recipe, tmp_path, capsys):
+    """YAML 1.1 takes it for a number of seconds, in base 60."""
+    (tmp_path / "site.yaml").write_text("slurm:\n  time: 24:00:00\n  options: {begin: 16:00}\n")
+    assert launch(recipe, tmp_path / "run", "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    assert {"--time=24:00:00", "--begin=16:00"} <= set(directives(capsys.readouterr().out))
 
 
 def test_the_container_of_a_site():
@@ -165,11 +199,13 @@ def test_a_preparation_takes_from_the_site_what_it_has_not_itself():
     [
         (["--time", "5x"], "the time limit 5x is none"),
         (["--nodes", "3", "--parallel.shard_degree", "4"], "parallel.shard_degree 4"),
+        (["--train.global_batch_size", "3"], "train.global_batch_size 3 is not a multiple"),
         (["--run-dir", "a%j"], "'%' in the path of a log"),
         (["--site", "missing.yaml"], "missing.yaml: no such file"),
         (["--stage", "prepare"], "--nodes goes with --stage train"),
         (["--train.max_stepz", "3"], "did you mean --train.max_steps"),
         (["--data.store", "missing"], "missing"),
+        (["--tokenizer.path", "https://me:word@host/t"], "tokenizer.path holds what looks like a credential"),
     ],
 )
 def test_wrong_input_is_refused_in_a_line(flags, says, recipe, tmp_path, capsys, monkeypatch):
@@ -280,23 +316,30 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(cluster, recipe, tmp_path, capsys):
+def train_here(folder: Path, recipe: Path, run_dir: Path) -> None:
+    os.chdir(folder)
+    train(config.load(config.TrainingRun, [str(recipe)]), run_dir)
+
+
+def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(
+    cluster, quickstart, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(quickstart)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "it's #1 $HOME"
-    for run_dir in (undisturbed, stopped):
-        assert launch(recipe, run_dir, "--time", "1:00:00") == 0
-    first, second = job(undisturbed), job(stopped)
-    until(lambda: len(read_metrics(stopped)) > 5)  # by then the first one has left the node
-    assert shown(first)["JobState"] == "COMPLETED"
+    assert pretrain(stopped, "--time", "1:00:00") == 0
+    number = job(stopped)
+    until(lambda: len(read_metrics(stopped)) > 5)
     # what --signal does in time for the limit: SIGTERM to the tasks
-    subprocess.run(["scancel", "--signal=TERM", second], check=True)
-    until(lambda: shown(second)["Restarts"] == "1")
+    subprocess.run(["scancel", "--signal=TERM", number], check=True)
+    until(lambda: shown(number)["Restarts"] == "1")
     [saved] = checkpoint.complete_steps(stopped)
     assert saved < STEPS
-    until(lambda: shown(second)["JobState"] == "PENDING")
+    until(lambda: shown(number)["JobState"] == "PENDING")
     # Slurm itself waits for two minutes; a node refuses a job that it was told to end within the same second
-    subprocess.run(["scontrol", "update", f"JobId={second}", "StartTime=now+3"], check=True)
-    until(lambda: ended(second, "COMPLETED"))
-    log = (stopped / "logs" / f"slurm-{second}.log").read_text()
+    subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now+3"], check=True)
+    until(lambda: ended(number, "COMPLETED"))
+    run_ranks(train_here, 2, quickstart, stopped / "slurm" / "config.yaml", undisturbed)
+    log = (stopped / "logs" / f"slurm-{number}.log").read_text()
     assert log.index("start 1 on localhost") < log.index("exit code 3") < log.index("start 2 on localhost")
     assert "interrupted, checkpoint saved at step" in (stopped / "logs" / "rank-0.log").read_text()
     assert (stopped / "logs" / "rank-1.log").exists()
@@ -305,18 +348,18 @@ def test_a_job_that_is_stopped_is_queued_again_and_ends_as_an_undisturbed_one(cl
     assert wanted.keys() == found.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     capsys.readouterr()
-    assert launch(recipe, stopped) == 0
+    assert pretrain(stopped) == 0
     assert f"already done, {STEPS} steps" in capsys.readouterr().out
 
 
-def test_what_is_wrong_on_the_node_ends_the_job(cluster, recipe, tmp_path):
+def test_what_is_wrong_on_the_node_ends_the_job(cluster, quickstart, tmp_path):
     """As a store that the nodes do not see; the login node saw it."""
     store = tmp_path / "store"
-    shutil.copytree(recipe.parent / "store", store)
+    shutil.copytree(quickstart / "quickstart" / "store", store)
     site = tmp_path / "site.yaml"
     setup = f"export PATH={Path(sys.executable).parent}:$PATH\nrm -r {store}"
     site.write_text(yaml.safe_dump({"slurm": {"setup": setup}}))
-    assert launch(recipe, tmp_path / "run", "--data.store", str(store), "--site", str(site)) == 0
+    assert pretrain(tmp_path / "run", "--data.store", str(store), "--site", str(site)) == 0
     until(lambda: ended(job(tmp_path / "run"), "FAILED"))
     assert shown(job(tmp_path / "run"))["ExitCode"] == "2:0"
     said = (tmp_path / "run" / "logs" / "rank-0.log").read_text()

@@ -60,9 +60,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 def _refuse(message: str) -> int:
     """One line, also where several processes are refused: the first one says it, and then waits for the others to come
-    here too (its end would break their connections to it); its end lets torchrun end them before they speak."""
+    here too (its end would break their connections to it); its end lets torchrun end them before they speak. Slurm ends
+    nobody, and each has a log of its own."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)
+        time.sleep(10 if "TORCHELASTIC_RUN_ID" in os.environ else 3)
     print(f"tsumugu: {' '.join(message.split())}", file=sys.stderr, flush=True)
     if os.environ.get("RANK") == "0" and os.environ.get("WORLD_SIZE") != "1":
         time.sleep(3)

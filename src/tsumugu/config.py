@@ -917,7 +917,8 @@ def redacted(content: Any) -> Any:
 
 
 class _StrictSafeLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which YAML libraries silently keep the last."""
+    """Refuses a key that is given twice, of which YAML libraries silently keep the last; and 24:00:00 is a time, not
+    86400 as in YAML 1.1."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -926,6 +927,18 @@ class _StrictSafeLoader(yaml.SafeLoader):
             if key.value in [earlier.value for earlier in keys[:index]]:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
         return node
+
+
+def _construct_number(kind: str) -> None:
+    tag = f"tag:yaml.org,2002:{kind}"
+    construct = yaml.SafeLoader.yaml_constructors[tag]
+    _StrictSafeLoader.add_constructor(
+        tag, lambda loader, node: node.value if ":" in node.value else construct(loader, node)
+    )
+
+
+for _kind in ("int", "float"):
+    _construct_number(_kind)
 
 
 def _read_yaml(file: str) -> dict:

@@ -184,6 +184,8 @@ def test_preparation_is_a_processing_job(dry_run, tmp_path):
         ({"keep_alive_minutes": "361"}, ["--keep-alive-minutes", "21600 at most"]),
         ({"max_wait_hours": "30"}, ["--max-wait-hours 30", "--spot"]),
         ({"data.store": "stores/mine"}, ["data.store is stores/mine", "aws s3 sync", "channel:mine"]),
+        ({"train.global_batch_size": "12"}, ["train.global_batch_size 12", "use a multiple of 8"]),
+        ({"parallel.shard_degree": "16"}, ["parallel.shard_degree 16", "is not the world size 8"]),
         ({"train.max_stps": "3"}, ["unknown flag --train.max_stps", "max_steps"]),
     ],
 )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,17 +22,21 @@ import yaml
 from botocore.exceptions import ClientError
 from safetensors.torch import load_file
 from support.aws import CREDENTIALS, REGION, Bucket, SageMaker, client, make_image, moto, wheel_of
-from support.containers import write_data
+from support.containers import no_network, write_data
+from support.ranks import run_ranks
 from support.runs import figures
 
+from tsumugu import config
 from tsumugu.cli import main
 from tsumugu.errors import UserError
 from tsumugu.export import export
 from tsumugu.launch.sagemaker import command
 from tsumugu.launch.sagemaker import service as service_module
 from tsumugu.training.checkpoint import complete_steps
+from tsumugu.training.trainer import train
 
 ROLE = "arn:aws:iam::123456789012:role/tsumugu"
+STEPS = 180
 IMAGE = f"123456789012.dkr.ecr.{REGION}.amazonaws.com/tsumugu:1"
 
 
@@ -53,10 +58,11 @@ def s3():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tokenizer_folder, s3) -> Path:
-    """A recipe of 240 steps, whose channel `data` lies in the bucket too."""
+    """A recipe of STEPS steps, whose channel `data` lies in the bucket too."""
     path = write_data(tmp_path_factory.mktemp("recipe") / "made", tokenizer_folder)
     content = yaml.safe_load(path.read_text())
-    content["train"]["max_steps"], content["checkpoint"] = 240, {"every": 10, "keep": 4}
+    content["train"]["max_steps"], content["checkpoint"] = STEPS, {"every": 10, "keep": 4}
+    content["evaluate"] = {"every": 50}
     path.write_text(yaml.safe_dump(content))
     Bucket(s3).put(path.parent / "data", "s3://bucket/data")
     return path
@@ -73,6 +79,13 @@ def wheels(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheels")
     wheel_of("jsonargparse", folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[list[str]]:
+    """In which jobs run: their hosts reach one another and nothing else, where the kernel allows that."""
+    with no_network() as entering:
+        yield entering
 
 
 @pytest.fixture
@@ -116,15 +129,23 @@ def saved(bucket: Bucket, run: str) -> list[int]:
     return sorted(int(at.split("/")[1].removeprefix("step-")) for at in whole)
 
 
+def test_jobs_run_without_a_network(s3, network):
+    """So that the tests of whole jobs prove that they need none."""
+    if not network:
+        pytest.skip("the kernel allows no network namespace here, or util-linux and iproute2 are not installed")
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=5)"
+    host, port = s3.removeprefix("http://").split(":")
+    assert subprocess.run([sys.executable, "-c", connect, host, port], check=False).returncode == 0
+    for place, says in (([host, port], "Connection refused"), (["192.0.2.1", "443"], "Network is unreachable")):
+        command = [*network, sys.executable, "-c", connect, *place]
+        assert says in subprocess.run(command, check=False, capture_output=True, text=True).stderr
+
+
 def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
-    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+    recipe, image, wheels, aws, network, tmp_path, monkeypatch, capsys
 ):
-    local = tmp_path / "local"
-    straight = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tsumugu"]
-    straight += ["train", f"--config={recipe}", f"--run-dir={local}", f"--channel=data={recipe.parent / 'data'}"]
-    reference = subprocess.Popen(straight, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     bucket, launch = Bucket(aws), flags(recipe, run_name="night", wheels=str(wheels), price_per_hour="2.5")
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main([*launch, "--detach"]) == 0
         [first] = service.jobs.values()
@@ -137,7 +158,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert "127.0.0.1| " in said, said
         assert "interrupted, checkpoint saved at step" in said
         stopped_at = saved(bucket, "night")[-1]
-        assert stopped_at < 220
+        assert stopped_at < STEPS - 20
         assert not bucket.keys(first.model)
 
         time.sleep(1.1)  # jobs are named by the second
@@ -146,8 +167,7 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         launching.start()
         wait_for(lambda: len(service.jobs) == 2)
         second = list(service.jobs.values())[1]
-        wait_for(lambda: saved(bucket, "night")[-1] >= stopped_at + 10 or second.status != "InProgress")
-        second.interrupting.set()
+        second.interrupt_at = stopped_at + 10
         launching.join(timeout=300)
         assert codes == [0]
         assert (second.status, second.attempts) == ("Completed", 2)
@@ -160,14 +180,18 @@ def test_stopped_and_interrupted_it_ends_as_an_undisturbed_run(
         assert f"  model {second.model}\n" in said
         for name, target in (("--output", "model"), ("--run-dir", "run")):
             assert main(["launch", "sagemaker", "download", second.name, name, str(tmp_path / target)]) == 0
-    assert reference.wait(timeout=200) == 0
-    assert figures(tmp_path / "run") == figures(local)
-    assert complete_steps(tmp_path / "run")[-1] == 240
-    export(str(local), tmp_path / "exported")
+    run_ranks(undisturbed, 2, recipe, tmp_path / "local")
+    assert figures(tmp_path / "run") == figures(tmp_path / "local")
+    assert complete_steps(tmp_path / "run")[-1] == STEPS
+    export(str(tmp_path / "local"), tmp_path / "exported")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "exported"))
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
     assert json.loads((tmp_path / "model" / "certificate.json").read_text())["verified"]
+
+
+def undisturbed(recipe: Path, run_dir: Path) -> None:
+    train(config.load(config.TrainingRun, [str(recipe)], channels={"data": str(recipe.parent / "data")}), run_dir)
 
 
 def figures_of(bucket: Bucket, run: str, folder: Path) -> list[dict]:
@@ -335,6 +359,12 @@ def test_how_a_job_stands(service, recipe, short, line, capsys):
     assert main([*flags(short, run_name="standing", wheels="none"), "--detach"]) == 0
     [job] = service.jobs.values()
     assert main(["launch", "sagemaker", "status", job.name]) == 0
+    capsys.readouterr()
+    assert main(["launch", "sagemaker", "stop", job.name, "--dry-run"]) == 0
+    assert "would be asked to stop; it has two minutes to save" in capsys.readouterr().out
+    assert not job.stopping.is_set()
+    assert main(["launch", "sagemaker", "stop", job.name]) == 0
+    assert job.stopping.is_set()
     assert "made nothing to download" in line(["launch", "sagemaker", "download", job.name])
     job.status, job.reason = "Failed", "AlgorithmError: no space left"
     capsys.readouterr()
@@ -360,8 +390,8 @@ def test_when_the_log_can_no_longer_be_read_it_says_that_the_job_goes_on(service
     assert said.endswith(f"(log in again; the job goes on: tsumugu launch sagemaker logs {job.name})")
 
 
-def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypatch):
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+def test_an_image_that_lacks_more_says_so(recipe, image, aws, network, tmp_path, monkeypatch):
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main(flags(recipe, run_name="lacking", wheels="none", instance_count="1")) == 1
         [job] = service.jobs.values()
@@ -370,7 +400,7 @@ def test_an_image_that_lacks_more_says_so(recipe, image, aws, tmp_path, monkeypa
 
 
 def test_a_processing_job_makes_the_store_that_prepare_makes_here(
-    recipe, image, wheels, aws, tmp_path, monkeypatch, capsys
+    recipe, image, wheels, aws, network, tmp_path, monkeypatch, capsys
 ):
     local = recipe.parent / "data" / "store"
     bucket = Bucket(aws)
@@ -382,7 +412,7 @@ def test_a_processing_job_makes_the_store_that_prepare_makes_here(
     changes = {"run_name": "store", "wheels": str(wheels), "instance_count": "1", "stage": "prepare"}
     launch = flags(tmp_path / "prepare.yaml", channel="text=s3://bucket/text", **changes)
     launch += ["--channel=tokenizer=s3://bucket/tokenizer", "--prepare.workers=1"]
-    with SageMaker(tmp_path / "hosts", aws, image) as service:
+    with SageMaker(tmp_path / "hosts", aws, image, network) as service:
         monkeypatch.setenv("AWS_ENDPOINT_URL_SAGEMAKER", service.url)
         assert main(launch) == 0
         [name] = service.jobs

@@ -1,7 +1,7 @@
 """AWS on loopback: moto for S3, Logs and STS, and a SageMaker that keeps what it is asked and runs jobs without Docker.
 
 A job's hosts are processes that see a folder in place of /opt/ml, and a Python of their own that has everything but
-tsumugu and jsonargparse, and no network for pip. What SageMaker does around a container is done here: channels come
+tsumugu and jsonargparse, and no network. What SageMaker does around a container is done here: channels come
 from S3, checkpoints go there while training goes on and come back to every host, models and logs go there at the end.
 """
 
@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -170,13 +170,16 @@ class _Copy:
 class _Job:
     """One training or processing job, which a thread runs."""
 
-    def __init__(self, kind: str, request: dict, folder: Path, bucket: Bucket, logs, image: Path):
+    def __init__(
+        self, kind: str, request: dict, folder: Path, bucket: Bucket, logs, image: Path, network: Sequence[str]
+    ):
         self.kind, self.request, self.folder = kind, request, folder
-        self.bucket, self.logs, self.image = bucket, logs, image
+        self.bucket, self.logs, self.image, self.network = bucket, logs, image, network
         self.status, self.secondary, self.reason, self.attempts = "InProgress", "Starting", "", 0
         self.metrics: dict[str, float] = {}
         self.started = time.time()
-        self.stopping, self.interrupting = threading.Event(), threading.Event()
+        self.stopping = threading.Event()
+        self.interrupt_at: int | None = None  # the step whose checkpoint is in S3 when the hosts are taken away
 
     @property
     def name(self) -> str:
@@ -210,10 +213,11 @@ class _Job:
         processes = [self._start(root, request["AlgorithmSpecification"], port) for root in roots]
         asked_at = None
         while any(process.poll() is None for process in processes):
+            marked = [int(path.parent.name[5:]) for path in roots[-1].glob("checkpoints/checkpoints/step-*/COMPLETE")]
             for copy in copies:
                 copy.copy()
-            if self.interrupting.is_set():
-                self.interrupting.clear()
+            if self.interrupt_at is not None and max(marked, default=0) >= self.interrupt_at:
+                self.interrupt_at = None
                 for process in processes:
                     _kill(process)
                 return False
@@ -257,6 +261,7 @@ class _Job:
         shutil.copytree(self.image, image, symlinks=True)
         command = [word.replace("/opt/ml", str(root)) for word in specification["ContainerEntrypoint"]]
         environment = without_network(image) | self.request["Environment"]
+        command = [*self.network, *command]
         return start(root, port, command, keep=("HOME", "OMP_NUM_THREADS", "TMPDIR"), **environment)
 
     def _finish(self, codes: list[int], roots: list[Path]) -> None:
@@ -305,15 +310,16 @@ class SageMaker:
         folder: Where jobs' hosts have their folders.
         url: Of moto's server.
         image: Of `make_image`; None: jobs are taken and never start.
+        network: Of `containers.no_network`, for jobs to run in.
 
     Attributes:
         refusal: Code and message of the error that the next call gets.
     """
 
-    def __init__(self, folder: Path, url: str, image: Path | None):
+    def __init__(self, folder: Path, url: str, image: Path | None, network: Sequence[str] = ()):
         self.jobs: dict[str, _Job] = {}
         self.refusal: tuple[str, str] | None = None
-        self._folder, self._image = folder, image
+        self._folder, self._image, self._network = folder, image, network
         self._bucket, self._logs = Bucket(url), client("logs", url)
         self._threads: list[threading.Thread] = []
         service = self
@@ -360,7 +366,8 @@ class SageMaker:
         if action == "Create":
             if name in self.jobs:
                 return 400, {"__type": "ResourceInUse", "message": f"Job name must be unique: {name}"}
-            job = _Job(kind, body, self._folder / name, self._bucket, self._logs, self._image or Path())
+            folder, image = self._folder / name, self._image or Path()
+            job = _Job(kind, body, folder, self._bucket, self._logs, image, self._network)
             self.jobs[name] = job
             if self._image:
                 self._threads.append(threading.Thread(target=job.run, daemon=True))

@@ -1,12 +1,13 @@
 """SageMaker's side of a training container without a container: folders like /opt/ml, one a host, on loopback."""
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -32,6 +33,26 @@ def free_ports() -> int:
                 except OSError:
                     continue
                 return port
+
+
+@contextlib.contextmanager
+def no_network() -> Iterator[list[str]]:
+    """A network namespace with a loopback of its own and nothing else, which its processes share.
+
+    Yields:
+        The beginning of commands that run in it; nothing where the kernel does not allow it, or util-linux or iproute2
+        is missing.
+    """
+    holding = ["sh", "-c", "PATH=$PATH:/usr/sbin; ip link set lo up && echo up && exec sleep infinity"]
+    with_user = (["--map-root-user"], ["--user", "--preserve-credentials"])  # of those who are not root
+    for made, entered in (([], []), with_user) if shutil.which("unshare") else ():
+        with subprocess.Popen(["unshare", "--net", *made, *holding], stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout
+            if holder.stdout.readline() == "up\n":
+                yield ["nsenter", "--net", *entered, "--target", str(holder.pid)]
+                holder.kill()
+                return
+    yield []
 
 
 def write_data(folder: Path, tokenizer: Path) -> Path:

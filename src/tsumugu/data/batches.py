@@ -29,19 +29,24 @@ class Share:
     by_length: bool = False
 
     def __post_init__(self):
-        rows = self.micro_batch_size * self.world_size
-        if self.global_batch_size % rows:
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} is not a multiple of train.micro_batch_size "
-                f"{self.micro_batch_size} × {self.world_size} processes that read different rows",
-                f"use a multiple of {rows}, or a smaller micro batch",
-            )
+        check_batch(self.global_batch_size, self.micro_batch_size, self.world_size)
 
     def positions(self, step: int) -> list[np.ndarray]:
         """Positions (micro_batch_size,) of every micro batch of this process in the step."""
         start, stop = step * self.global_batch_size, (step + 1) * self.global_batch_size
         dealt = np.arange(start, stop).reshape(-1, self.world_size, self.micro_batch_size)
         return list(dealt[:, self.rank])
+
+
+def check_batch(global_batch_size: int, micro_batch_size: int, processes: int) -> None:
+    """Raises UserError where a step does not give every process that reads rows of its own whole micro batches."""
+    rows = micro_batch_size * processes
+    if global_batch_size % rows:
+        raise UserError(
+            f"train.global_batch_size {global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{micro_batch_size} × {processes} processes that read different rows",
+            f"use a multiple of {rows}, or a smaller micro batch",
+        )
 
 
 def rows_read(rows: Sequence[Rows], mixture: Mixture, step: int, share: Share) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tsumugu import config as configuration
 from tsumugu.config import PrepareConfig, SlurmConfig, SlurmSiteConfig, TrainingRun
+from tsumugu.data.batches import check_batch
 from tsumugu.data.executor import SLURM_JOBS, unfinished_jobs
 from tsumugu.distributed.mesh import degrees
 from tsumugu.errors import UserError
@@ -53,9 +54,10 @@ def launch(
         A line that says what was submitted; with submit False the script.
 
     Raises:
-        UserError: Degrees that do not go with the number of processes, a time limit that leaves no time, a job of this
-            run that is still there, no sbatch, or one that refuses.
+        UserError: Degrees or a batch that do not go with the number of processes, a time limit that leaves no time, a
+            job of this run that is still there, no sbatch, or one that refuses, a credential, which would be left out.
     """
+    _refuse_credentials(config)
     run_dir = run_dir.absolute()
     count = processes_per_node or site.processes_per_node
     if count is None:
@@ -64,6 +66,8 @@ def launch(
             "set slurm.processes_per_node in the file of --site, or --processes-per-node, to its number of GPUs",
         )
     degrees(config.parallel, nodes * count)
+    reading = nodes * count // config.parallel.tensor_degree
+    check_batch(config.train.global_batch_size, config.train.micro_batch_size, reading)
     # a run that stops after a step would stop there again for ever
     script = job_script(run_dir, site, nodes, count, time or site.time, requeue=config.train.stop_after is None)
     steps = planned_steps(config)  # most of what can be wrong shows here
@@ -187,6 +191,18 @@ def for_preparation(config: PrepareConfig, site: SlurmSiteConfig, time: str | No
         options=account | site.options | own.options,
     )
     return dataclasses.replace(config, executor="slurm", slurm=slurm)
+
+
+def _refuse_credentials(config: TrainingRun) -> None:
+    """Refuses a recipe that holds a credential: `config.write` leaves it out, and the job would fail without it."""
+    content = dataclasses.asdict(config)
+    for name, section in content.items():
+        for key, value in section.items():
+            if configuration.redacted(value) != value:
+                raise UserError(
+                    f"{name}.{key} holds what looks like a credential, which is not written to the run folder",
+                    "leave it out: the job has the environment in which you submit it, such as HF_TOKEN",
+                )
 
 
 def _quoted_option(name: str, value: object) -> str:

@@ -48,6 +48,7 @@ from tsumugu.training import checkpoint, memory, norms
 from tsumugu.training.deterministic import deterministic
 from tsumugu.training.guard import APPLIED, SPIKE, Guard
 from tsumugu.training.isolation import crossing
+from tsumugu.training.lock import locked
 from tsumugu.training.loss import summed_loss
 from tsumugu.training.metrics import Metrics, memory_peak_gib, read_metrics
 from tsumugu.training.optimizer import LossScale, MasterAdamW, build_optimizer, clip_gradients, take_step
@@ -79,13 +80,15 @@ def train(config: TrainingRun, run_dir: Path) -> Outcome:
     Every process of a torchrun job calls it; without torchrun this is the only process.
 
     Raises:
-        UserError: A configuration, store, model or checkpoint that cannot be used, a full disk, or too little memory.
+        UserError: A configuration, store, model or checkpoint that cannot be used, a run folder that another run
+            trains into, a full disk, or too little memory.
     """
     hang_timeout = config.train.hang_timeout
     try:
         with (
             deterministic(config.train.deterministic),
             process_group(group_timeout(hang_timeout)) as environment,
+            locked(run_dir),
             stop_requests() as request,
         ):
             watchdog = Watchdog(hang_timeout, environment.rank, environment.world_size)

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--wheels", metavar="DIR", help="of what the image lacks, or none (default: by pip download)")
     parser.add_argument("--python", default="3.12", metavar="VERSION", help="of the image, for them (default: 3.12)")
-    parser.add_argument("--dry-run", action="store_true", help="print the request as JSON, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the request as JSON, or what would be done")
     parser.add_argument("--detach", action="store_true", help="do not wait and show the log")
     parser.add_argument("--output", metavar="DIR", help="with download (default: the name of the job)")
     parser.add_argument("--run-dir", metavar="DIR", help="with download: the run folder, to here")
@@ -241,13 +241,19 @@ def _show(found: dict[str, Any], name: str, options: argparse.Namespace) -> int:
     return {"Failed": 3 if INTERRUPTED_REASON in reason else 1, "Stopped": 3}.get(found["status"], 0)
 
 
-def _stop(account: "Service", name: str, _options: argparse.Namespace) -> int:
+def _stop(account: "Service", name: str, options: argparse.Namespace) -> int:
     from tsumugu.launch.sagemaker import service
 
-    if service.stop(account, name) == "train":
-        print(f"{name}: asked to stop; it has two minutes to save, and the same --run-name goes on from there")
-    else:
-        print(f"{name}: asked to stop; the same --run-name starts it over")
+    found = service.describe(account, name)
+    if found["status"] != "InProgress":
+        raise UserError(f"{name} is {found['status']}: there is nothing to stop", "")
+    if not options.dry_run:
+        service.stop(account, name, found["stage"])
+    then = {
+        "train": "it has two minutes to save, and the same --run-name goes on from there",
+        "prepare": "the same --run-name starts it over",
+    }
+    print(f"{name}: {'would be ' if options.dry_run else ''}asked to stop; {then[found['stage']]}")
     return 0
 
 
@@ -268,6 +274,9 @@ def _download(account: "Service", name: str, options: argparse.Namespace) -> int
             f"{name} is {found['status']}: it has made nothing to download",
             "once it is Completed; what is there of its run folder: --run-dir DIR",
         )
+    if options.dry_run:
+        print(f"{output}: would get {uri}")
+        return 0
     count = service.download(account, uri, Path(output))
     print(f"{output}: {count} files of {uri}")
     return 0

@@ -10,8 +10,11 @@ import yaml
 
 from tsumugu import config
 from tsumugu.config import Preparation, SlurmConfig, TrainingRun
+from tsumugu.data.batches import check_batch
+from tsumugu.distributed.mesh import degrees
 from tsumugu.errors import UserError
 from tsumugu.launch.sagemaker.site import SageMakerConfig, refuse_credentials
+from tsumugu.plan.instances import facts
 from tsumugu.training.metrics import metric_definitions
 
 MODEL_CHANNEL = "model"
@@ -153,6 +156,12 @@ def check_job(job: Job, region: str | None) -> None:
             "--stage prepare runs on one instance, without --spot and --keep-alive-minutes",
             "take one with more cores, or prepare on a Slurm cluster",
         )
+    instances = facts()["instances"]
+    if isinstance(job.recipe, TrainingRun) and job.instance_type in instances:
+        train, parallel = job.recipe.train, job.recipe.parallel
+        processes = job.instance_count * instances[job.instance_type]["gpus"]
+        degrees(parallel, processes)
+        check_batch(train.global_batch_size, train.micro_batch_size, processes // parallel.tensor_degree)
     for name, uri in job.channels.items():
         _check_channel(job, name, uri)
 

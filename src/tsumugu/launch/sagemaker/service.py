@@ -289,18 +289,14 @@ def _described(service: Service, name: str) -> dict[str, Any] | None:
     return None
 
 
-def stop(service: Service, name: str) -> str:
-    """Asks the containers of a job to stop; returns its stage."""
-    found = describe(service, name)
-    if found["status"] != "InProgress":
-        raise UserError(f"{name} is {found['status']}: there is nothing to stop", "")
+def stop(service: Service, name: str, stage: str) -> None:
+    """Asks the containers of a job to stop."""
     client = service.client("sagemaker")
     with explained():
-        if found["stage"] == "train":
+        if stage == "train":
             client.stop_training_job(TrainingJobName=name)
         else:
             client.stop_processing_job(ProcessingJobName=name)
-    return found["stage"]
 
 
 def follow(service: Service, name: str, show: Callable[[str], None], pause: float) -> dict[str, Any]:
