@@ -132,6 +132,26 @@ def test_a_time_without_quotes_is_a_time(recipe, tmp_path, capsys):
     assert {"--time=24:00:00", "--begin=16:00"} <= set(directives(capsys.readouterr().out))
 
 
+def test_a_credential_is_written_to_no_job_script(recipe, tmp_path, capsys):
+    setup = "module load cuda\nexport HF_TOKEN=hf_abcdefghijklmnopqrstuvwxyz"
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"slurm": {"setup": setup}}))
+    assert launch(recipe, tmp_path / "run", "--site", str(tmp_path / "site.yaml")) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("tsumugu: slurm.setup holds what looks like a credential, ")
+    assert "hf_abc" not in said.out + said.err
+    assert not (tmp_path / "run").exists()
+    own = PrepareConfig(sources=[Source(name="a", path="a.jsonl")], tokenizer="t", output="o")
+    with pytest.raises(UserError, match=r"^prepare\.slurm\.setup holds what looks like a credential"):
+        for_preparation(own, SlurmSiteConfig(setup=setup))
+
+
+def test_set_up_lines_may_name_a_credential(recipe, tmp_path, capsys):
+    setup = 'export HF_TOKEN=$(cat ~/.token) A_KEY="${MINE}" WANDB_API_KEY=$MINE HTTPS_PROXY=http://$USER:$WORD@proxy'
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump({"slurm": {"setup": setup}}))
+    assert launch(recipe, tmp_path / "run", "--site", str(tmp_path / "site.yaml"), "--dry-run") == 0
+    assert setup in capsys.readouterr().out
+
+
 def test_the_container_of_a_site():
     pyxis = SlurmSiteConfig(container="/fsx/t.sqsh", container_mounts=["/fsx:/fsx", "/data:/data"])
     script = job_script(Path("/runs/a"), pyxis, 1, 8, None)
