@@ -69,7 +69,7 @@ def quickstart(tmp_path_factory) -> Path:
         patch.chdir(folder)
         corpus = Path("quickstart/corpus/japanese.jsonl")
         corpus.parent.mkdir(parents=True)
-        shutil.copy(resources.files("tsumugu") / "sample" / "japanese.jsonl", corpus)
+        corpus.write_bytes((resources.files("tsumugu") / "sample" / "japanese.jsonl").read_bytes())
         tokenizer = ["--input", str(corpus), "--output", "quickstart/tokenizer", "--vocab-size", "4000"]
         assert main(["tokenizer", "train", *tokenizer]) == 0
         assert main(["prepare", "--config", str(RECIPES / "quickstart-prepare.yaml"), "--prepare.workers=1"]) == 0

@@ -201,6 +201,7 @@ def test_what_is_wrong_is_one_line(changes, words, dry_run):
         ({"subnets": ["subnet-1"]}, ["security_groups is empty"]),
         ({"environment": {"HF_TOKEN": "x"}}, ["environment.HF_TOKEN", "credential"]),
         ({"environment": {"HTTPS_PROXY": "http://me:word@proxy:3128"}}, ["environment.HTTPS_PROXY", "credential"]),
+        ({"tags": {"owner": "hf_abcdefghijklmnopqrstuvwxyz"}}, ["sagemaker.tags.owner", "credential"]),
         ({"subnet": ["x"]}, ["unknown key sagemaker.subnet", "subnets"]),
         ({"subnets": ["no/slash"], "security_groups": ["sg-1"]}, ["sagemaker.subnets", "no/slash"]),
         ({"training_plan": "march"}, ["sagemaker.training_plan", "'march'", "training-plan/"]),
