@@ -98,6 +98,15 @@ def test_the_request_has_what_the_flags_say(dry_run):
     assert made["EnableManagedSpotTraining"] is False
 
 
+def test_channels_may_be_read_while_training_goes_on_but_the_code_is_there_before(dry_run):
+    made = dry_run(input_mode="FastFile")
+    assert made["AlgorithmSpecification"]["TrainingInputMode"] == "FastFile"
+    assert {item["ChannelName"]: item.get("InputMode") for item in made["InputDataConfig"]} == {
+        "code": "File",
+        "data": None,
+    }
+
+
 def test_every_field_is_one_that_the_service_knows(dry_run):
     given, channel = SITE | {"network_isolation": False}, "data=fsx://fs-0123456789abcdef0/mount/corpora"
     changes = {"instance_type": "ml.p3.16xlarge", "bucket": None, "role": None, "image": None}
@@ -201,6 +210,7 @@ def test_what_is_wrong_is_one_line(changes, words, dry_run):
         ({"subnets": ["subnet-1"]}, ["security_groups is empty"]),
         ({"environment": {"HF_TOKEN": "x"}}, ["environment.HF_TOKEN", "credential"]),
         ({"environment": {"HTTPS_PROXY": "http://me:word@proxy:3128"}}, ["environment.HTTPS_PROXY", "credential"]),
+        ({"tags": {"owner": "hf_abcdefghijklmnopqrstuvwxyz"}}, ["sagemaker.tags.owner", "credential"]),
         ({"subnet": ["x"]}, ["unknown key sagemaker.subnet", "subnets"]),
         ({"subnets": ["no/slash"], "security_groups": ["sg-1"]}, ["sagemaker.subnets", "no/slash"]),
         ({"training_plan": "march"}, ["sagemaker.training_plan", "'march'", "training-plan/"]),

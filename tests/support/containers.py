@@ -49,8 +49,10 @@ def no_network() -> Iterator[list[str]]:
         with subprocess.Popen(["unshare", "--net", *made, *holding], stdout=subprocess.PIPE, text=True) as holder:
             assert holder.stdout
             if holder.stdout.readline() == "up\n":
-                yield ["nsenter", "--net", *entered, "--target", str(holder.pid)]
-                holder.kill()
+                try:
+                    yield ["nsenter", "--net", *entered, "--target", str(holder.pid)]
+                finally:
+                    holder.kill()
                 return
     yield []
 

@@ -29,7 +29,7 @@ fcntl.lockf(file, fcntl.LOCK_EX)
 file.write(sys.argv[2])
 file.flush()
 print("held", flush=True)
-time.sleep(float(sys.argv[3]))
+time.sleep(300)
 """
 
 _WAITER = """import sys
@@ -43,14 +43,16 @@ with process_group(), lock.locked(run_dir):
 
 
 @contextlib.contextmanager
-def held_by_another(run_dir: Path, says: str = "elsewhere 7", seconds: float = 300) -> Iterator[None]:
+def held_by_another(run_dir: Path, says: str = "elsewhere 7") -> Iterator[subprocess.Popen]:
     run_dir.mkdir(parents=True)
-    command = [sys.executable, "-c", _HOLDER, str(run_dir / lock.LOCK), says, str(seconds)]
+    command = [sys.executable, "-c", _HOLDER, str(run_dir / lock.LOCK), says]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "held\n"
-        yield
-        process.kill()
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
 
 
 def enter(folders: list[Path]) -> str:
@@ -94,10 +96,12 @@ def wait_for(happens: Callable[[], object], process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_it_waits_for_a_holder_that_is_about_to_end(tmp_path, capsys):
-    with held_by_another(tmp_path / "run", "elsewhere 7", seconds=1.5), process_group(), lock.locked(tmp_path / "run"):
-        assert (tmp_path / "run" / lock.LOCK).read_text() == f"{os.uname().nodename} {os.getpid()}"
-    assert "process 7 on elsewhere trains into it; waiting 120 s for its end" in capsys.readouterr().out
+def test_it_waits_for_a_holder_that_is_about_to_end(tmp_path, monkeypatch, capsys):
+    with held_by_another(tmp_path / "run") as holder, process_group():
+        monkeypatch.setattr(lock.time, "sleep", lambda _: holder.kill())
+        with lock.locked(tmp_path / "run"):
+            assert (tmp_path / "run" / lock.LOCK).read_text() == f"{os.uname().nodename} {os.getpid()}"
+    assert "process 7 on elsewhere trains into it; waiting 240 s for its end" in capsys.readouterr().out
 
 
 def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
@@ -118,11 +122,28 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
     assert waiting.communicate(timeout=60) == (f"{waiting.pid}\n".encode(), None)
 
 
+def test_a_folder_that_goes_while_its_lock_is_made_is_made_again(tmp_path, monkeypatch):
+    real = Path.mkdir
+
+    def mkdir(folder: Path, **how: bool) -> None:
+        real(folder, **how)
+        monkeypatch.undo()
+        folder.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with lock._lock(tmp_path / "run" / lock.LOCK):
+        assert Path.mkdir is real
+        assert (tmp_path / "run" / lock.LOCK).exists()
+
+
 def test_where_every_node_has_a_disk_of_its_own_each_is_held(tmp_path):
     with held_by_another(tmp_path / "second"):
         said = run_ranks(enter, 2, [tmp_path / "first", tmp_path / "second"])
-    assert said == [f"process 7 on elsewhere trains into {tmp_path}/second (wait until it ends, or choose another "
-                    "--run-dir)"] * 2  # fmt: skip
+    hint = "wait until it ends, or choose another --run-dir; if elsewhere has died, remove"
+    assert said == [f"process 7 on elsewhere trains into {tmp_path}/second ({hint} {tmp_path}/second/.lock)"] * 2
+    with held_by_another(tmp_path / "third"):
+        (tmp_path / "third" / lock.LOCK).unlink()
+        assert run_ranks(enter, 1, [tmp_path / "third"]) == ["entered"]
     assert run_ranks(enter, 2, [tmp_path / "second"] * 2) == ["entered", "entered"]
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tsumugu import config as configuration
 from tsumugu.config import PrepareConfig, SlurmConfig, SlurmSiteConfig, TrainingRun
@@ -55,9 +56,9 @@ def launch(
 
     Raises:
         UserError: Degrees or a batch that do not go with the number of processes, a time limit that leaves no time, a
-            job of this run that is still there, no sbatch, or one that refuses, a credential, which would be left out.
+            job of this run that is still there, no sbatch, or one that refuses, a credential in recipe or site.
     """
-    _refuse_credentials(config)
+    _refuse_credentials(dataclasses.asdict(config) | {"slurm": dataclasses.asdict(site)})
     run_dir = run_dir.absolute()
     count = processes_per_node or site.processes_per_node
     if count is None:
@@ -180,6 +181,9 @@ def for_preparation(config: PrepareConfig, site: SlurmSiteConfig, time: str | No
         config: Any `prepare.executor`.
         site: The cluster.
         time: Time limit of a task, in place of both.
+
+    Raises:
+        UserError: A credential in one of them.
     """
     own, default = config.slurm, SlurmConfig()
     account = {"account": site.account} if site.account else {}
@@ -190,19 +194,26 @@ def for_preparation(config: PrepareConfig, site: SlurmSiteConfig, time: str | No
         setup=own.setup or site.setup,
         options=account | site.options | own.options,
     )
-    return dataclasses.replace(config, executor="slurm", slurm=slurm)
+    result = dataclasses.replace(config, executor="slurm", slurm=slurm)
+    _refuse_credentials({"prepare": dataclasses.asdict(result)})
+    return result
 
 
-def _refuse_credentials(config: TrainingRun) -> None:
-    """Refuses a recipe that holds a credential: `config.write` leaves it out, and the job would fail without it."""
-    content = dataclasses.asdict(config)
-    for name, section in content.items():
-        for key, value in section.items():
-            if configuration.redacted(value) != value:
-                raise UserError(
-                    f"{name}.{key} holds what looks like a credential, which is not written to the run folder",
-                    "leave it out: the job has the environment in which you submit it, such as HF_TOKEN",
-                )
+def _refuse_credentials(content: dict[str, Any], place: str = "") -> None:
+    """Refuses a credential in a recipe or site: it would lie in the job's script, or `config.write` would leave it out.
+
+    Set-up lines may name one: what the shell puts in place of $NAME, ${NAME} and $(COMMAND) is not written.
+    """
+    for key, value in content.items():
+        if isinstance(value, dict):
+            _refuse_credentials(value, f"{place}{key}.")
+            continue
+        written = re.sub(r"\$(\w+|\{[^}]*\}|\([^)]*\))", " ", value) if value and key == "setup" else value
+        if configuration.redacted(written) != written:
+            raise UserError(
+                f"{place}{key} holds what looks like a credential, which no file of a job may hold",
+                "leave it out: the job has the environment in which you submit it, such as HF_TOKEN",
+            )
 
 
 def _quoted_option(name: str, value: object) -> str:

@@ -23,8 +23,9 @@ from tsumugu.training.storages import find_leaders, new_group, together
 LOCK = ".lock"  # in the run folder
 
 # One that was killed a moment ago may still be letting go of its GPU, and a file server may wait for a node that died:
-# that of NFS for a lease, 90 s by Linux's default (RFC 8881, section 8.3, leaves it to the server).
-_PATIENCE_HERE, _PATIENCE_ELSEWHERE = 10.0, 120.0  # seconds
+# that of NFS for a lease, 90 s by Linux's default (RFC 8881, section 8.3, leaves it to the server); that of Lustre for
+# nine intervals of 25 s between pings (PING_EVICT_TIMEOUT + 3 PING_INTERVAL in its obdclass/genops.c).
+_PATIENCE_HERE, _PATIENCE_ELSEWHERE = 10.0, 240.0  # seconds
 
 
 @contextlib.contextmanager
@@ -62,7 +63,10 @@ def _lock(path: Path) -> TextIOWrapper:
     started, told = time.monotonic(), False
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        try:
+            file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        except FileNotFoundError:
+            continue  # one that was refused took the folder away meanwhile
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -73,9 +77,12 @@ def _lock(path: Path) -> TextIOWrapper:
                 file.seek(0)
                 host, _, process = file.read().partition(" ")
             holder = f"process {process} on {host}" if process else "another process"
-            patience = _PATIENCE_HERE if host == socket.gethostname() else _PATIENCE_ELSEWHERE
+            here = host == socket.gethostname()
+            patience = _PATIENCE_HERE if here else _PATIENCE_ELSEWHERE
             if time.monotonic() - started > patience:
                 hint = "wait until it ends, or choose another --run-dir"
+                if not here:  # NFS before version 4 keeps the lock of a node that has died until that node is back
+                    hint += f"; if {host or 'its host'} has died, remove {path}"
                 raise UserError(f"{holder} trains into {path.parent}", hint) from None
             if not told:
                 told = True

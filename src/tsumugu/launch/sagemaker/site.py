@@ -34,7 +34,7 @@ class SageMakerConfig:
     network_isolation: bool = False
     """Containers reach nothing but one another: everything comes from channels."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Tags of jobs."""
+    """Tags of jobs; nothing secret."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of containers, such as HTTPS_PROXY; nothing secret."""
     mlflow: str | None = None
@@ -53,6 +53,7 @@ class SageMakerConfig:
             missing = "subnets" if self.security_groups else "security_groups"
             raise UserError(f"sagemaker.{missing} is empty", "give subnets and security_groups, or neither")
         refuse_credentials(self.environment, "sagemaker.environment")
+        refuse_credentials(self.tags, "sagemaker.tags")
 
 
 @dataclass(frozen=True, kw_only=True)
