@@ -26,7 +26,7 @@ import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from tsumugu.config import PrepareConfig, Source
+from tsumugu.config import PrepareConfig, Source, redacted
 from tsumugu.data import corpus, instructions, store
 from tsumugu.data.cleaning.clean import Cleaner
 from tsumugu.data.comparison import dedup
@@ -224,7 +224,7 @@ def _settings(config: PrepareConfig, contract: Contract, files: list[str]) -> di
         template = instructions.find_template(config.template, Path(config.tokenizer))
         settings["template"] = instructions.definition(config.template, template)
     settings["files"] = corpus.fingerprints((*files, *filter(None, lists)))
-    return json.loads(json.dumps(settings))
+    return redacted(json.loads(json.dumps(settings)))
 
 
 def _changed(old: dict, new: dict) -> str:

@@ -44,7 +44,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
         def hold() -> None:
             if leads:
-                stack.enter_context(_lock(run_dir / LOCK))
+                file = stack.enter_context(_lock(run_dir / LOCK))
+                stack.callback(file.truncate, 0)  # the folder goes on without the name of a host
                 stack.callback(_clear, run_dir, existed)
 
         together(group, hold)
