@@ -1,6 +1,7 @@
 """SageMaker's side of a training container without a container: folders like /opt/ml, one a host, on loopback."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tsumugu.data.prepare import prepare
 from tsumugu.launch.sagemaker.container import PORT, ROOT
 from tsumugu.tokenizer.contract import read_contract
 
+ML = "/opt/ml"
 HOSTS = ("127.0.0.1", "127.0.0.2")
 
 
@@ -55,6 +57,13 @@ def no_network() -> Iterator[list[str]]:
                     holder.kill()
                 return
     yield []
+
+
+@functools.cache
+def mounts() -> bool:
+    """Whether a folder can be mounted at /opt/ml in a namespace: by root, where that folder is there."""
+    trial = ["unshare", "--mount", "mount", "--bind", "/tmp", ML]
+    return shutil.which("unshare") is not None and subprocess.run(trial, capture_output=True).returncode == 0
 
 
 def write_data(folder: Path, tokenizer: Path) -> Path:
@@ -111,7 +120,7 @@ def start(
     """The entrypoint on one host, whose output goes to `root`.log.
 
     Args:
-        root: In place of /opt/ml.
+        root: /opt/ml, in a mount namespace of its own; where the kernel does not allow that, in place of it.
         port: For the processes to find one another.
         command: Default: this Python's module.
         keep: What of this process's environment it has too; default: all.
@@ -119,6 +128,10 @@ def start(
     """
     command = command or [sys.executable, "-m", "tsumugu.launch.sagemaker.container"]
     kept = {name: value for name, value in os.environ.items() if keep is None or name in keep}
-    given = kept | {ROOT: str(root), PORT: str(port)} | environment
+    given = kept | {PORT: str(port)} | environment
+    if mounts():
+        command = ["unshare", "--mount", "sh", "-c", f'mount --bind "$0" {ML} && exec "$@"', str(root), *command]
+    else:
+        given |= {ROOT: str(root)}
     with open(root.with_name(f"{root.name}.log"), "ab") as log:
         return subprocess.Popen(command, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
