@@ -57,11 +57,12 @@ MESHES = {
 SPLIT_MESHES = {"tensor 2": (1, 1, 2), "shard 2 × tensor 2": (2, 1, 2), "replicate 2 × tensor 2": (1, 2, 2)}
 KEEPING = {
     "by default": {},
-    "gathered once": {"parallel.reshard_after_forward": "never"},
+    "gathered and exchanged once": {
+        "parallel.reshard_after_forward": "never", "parallel.sync_each_micro_batch": False,
+    },
     "gathered ahead": {"parallel.prefetch": 2, "parallel.reshard_after_forward": "always"},
     "on the host": {"parallel.offload_optimizer": True},
-    "exchanged once": {"parallel.sync_each_micro_batch": False, "parallel.reshard_after_forward": "never"},
-    "exchanged once, gathered twice": {
+    "exchanged once, on the host": {
         "parallel.sync_each_micro_batch": False, "parallel.reshard_after_forward": "always",
         "parallel.offload_optimizer": True,
     },
@@ -91,13 +92,15 @@ CHOICES = (tuple(MODELS), PACKINGS, tuple(MESHES), (1, 2, 4), ("none", "selectiv
 SPLIT_CHOICES = (tuple(SPLIT), PACKINGS, tuple(SPLIT_MESHES), *CHOICES[3:])
 SPLIT_CASES = [
     Case("gpt_neox parallel, split", "pad_left", "shard 2 × tensor 2", 2, "none", "by default"),
-    Case("gpt_neox sequential, split", "concatenate", "shard 2 × tensor 2", 1, "selective", "gathered once"),
+    Case(
+        "gpt_neox sequential, split", "concatenate", "shard 2 × tensor 2", 1, "selective", "gathered and exchanged once"
+    ),
     Case("llama, split", "pad_left", "shard 2 × tensor 2", 1, "full", "gathered ahead"),
     Case("llama, split", "concatenate", "tensor 2", 2, "none", "by default"),
     Case("qwen3 tied, split", "concatenate", "replicate 2 × tensor 2", 2, "selective", "every second recomputed"),
     Case("qwen3, split", "pad_left", "tensor 2", 1, "full", "on the host"),
     Case("qwen3, split", "concatenate", "shard 2 × tensor 2", 1, "none", "on the host"),
-    Case("gpt_neox parallel, split", "concatenate", "shard 2 × tensor 2", 4, "none", "exchanged once"),
+    Case("gpt_neox parallel, split", "concatenate", "shard 2 × tensor 2", 4, "none", "gathered and exchanged once"),
 ]
 COMPILED = [Case("gpt_neox parallel", "pad_left", "1", 2, "selective", "by default", True)]
 
