@@ -38,13 +38,12 @@ class Exchange:
         device: torch.device,
         micro_batches: int,
     ):
-        self._root = model if isinstance(model, FSDPModule) else None
-        self._once = self._root is not None and not config.sync_each_micro_batch
+        self._root = model if isinstance(model, FSDPModule) and not config.sync_each_micro_batch else None
         self._stays_gathered = config.reshard_after_forward == "never"
         self._held: list[tuple[Any, Sum]] = []  # FSDP2's parameters, and the sums that products make
         self._uses: Counter[nn.Module] = Counter()  # of those layers, by the latest forward pass
         trained = all(parameter.requires_grad for parameter in model.parameters())  # and so inputs need gradients, too
-        if self._once and micro_batches > 1 and config.tensor_degree == 1 and trained:
+        if self._root is not None and micro_batches > 1 and config.tensor_degree == 1 and trained:
             for index, layer in enumerate(layers):
                 if not is_recomputed(index, config):
                     self._held += _summed(layer, dtype, device)
@@ -52,7 +51,7 @@ class Exchange:
 
     def before(self, last: bool) -> None:
         """Before the forward pass of a micro batch, the last of its step or not."""
-        if self._root is None or not self._once:
+        if self._root is None:
             return
         self._uses.clear()
         self._root.set_requires_gradient_sync(last)
@@ -78,7 +77,7 @@ class Exchange:
 
     def waiting(self) -> list[torch.Tensor]:
         """The sums that are not exchanged yet: those of products, and those that FSDP2 makes itself."""
-        if self._root is None or not self._once:
+        if self._root is None:
             return []
         groups = [module._get_fsdp_state()._fsdp_param_group for module in fsdp_modules(self._root)]
         parameters: Any = [parameter for group in groups if group for parameter in group.fsdp_params]
